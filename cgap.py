@@ -27,8 +27,11 @@ import csv
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
+import platform
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -36,7 +39,7 @@ import textwrap
 import threading
 import time
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -281,14 +284,16 @@ def encode(encoder, inputs, hw, size=256):
 
 
 def remove_initial_gap(model, images, texts, hw):
-    """Move and turn the projection of the second encoder, in place, so that its cloud lies on the first one's: equal
-    centroids, and the rotation R that minimises |(y - mean y) R - (x - mean x)| (orthogonal Procrustes), as in
-    the paper's idealised start. images, texts: the pairs to do it on."""
+    """Fit the projection of the second encoder, in place, so that its cloud lies on the first one's: the centroid and
+    the spread become equal, and the rotation R minimises |(y - mean y) R - (x - mean x)| (orthogonal Procrustes), as
+    in the paper's idealised start. images, texts: the pairs to do it on. Without the scale, which the paper does
+    not mention, the centroids would part again when the embeddings are normalised."""
     x, y = (encode(*z, hw).double().cpu() for z in ((model.image, images), (model.text, texts)))
-    u, _, vt = torch.linalg.svd((y - y.mean(0)).T @ (x - x.mean(0)))
-    R, layer = u @ vt, model.text.projection                          # y = W h + b becomes R^T (y - mean y) + mean x
+    x_mean, y_mean, layer = x.mean(0), y.mean(0), model.text.projection
+    u, _, vt = torch.linalg.svd((y - y_mean).T @ (x - x_mean))
+    R = u @ vt * (x - x_mean).norm() / (y - y_mean).norm()            # y = W h + b becomes R^T (y - mean y) + mean x
     layer.weight.data.copy_(R.T @ layer.weight.data.double().cpu())
-    layer.bias.data.copy_(R.T @ (layer.bias.data.double().cpu() - y.mean(0)) + x.mean(0))
+    layer.bias.data.copy_(R.T @ (layer.bias.data.double().cpu() - y_mean) + x_mean)
 
 
 # ============================================================================================================
@@ -352,7 +357,6 @@ SHAPES = {  # inside or not, for coordinates u to the right and v down, -1 to 1 
     "cross": lambda u, v: (torch.minimum(u.abs(), v.abs()) < .3) & (torch.maximum(u.abs(), v.abs()) < 1),
     "ring": lambda u, v: (u * u + v * v - .72).abs() < .28}
 RELATIONS = "left of", "above"  # two suffice: with "right of" as well, one scene would have two captions
-SINGLE = 0.1                    # share of scenes with one object
 
 
 def describe(scenes):
@@ -367,14 +371,14 @@ def unseen(colour, shape):
     return colour % len(SHAPES) == shape
 
 
-def random_scenes(n, g):
-    """n scenes (n, 5) without unseen combinations."""
+def random_scenes(n, single, g):
+    """n scenes (n, 5) without unseen combinations, a share `single` of them with one object."""
     sides = torch.tensor([len(COLOURS), len(SHAPES), len(COLOURS), len(SHAPES), len(RELATIONS)])
     scenes = (torch.rand(n, 5, generator=g) * sides).long()
     for c, s in ((0, 1), (2, 3)):  # an unseen combination takes one of the other shapes
         other = (scenes[:, s] + 1 + torch.randint(len(SHAPES) - 1, (n,), generator=g)) % len(SHAPES)
         scenes[:, s] = torch.where(unseen(scenes[:, c], scenes[:, s]), other, scenes[:, s])
-    scenes[torch.rand(n, generator=g) < SINGLE, 4] = -1
+    scenes[torch.rand(n, generator=g) < single, 4] = -1
     return scenes
 
 
@@ -426,10 +430,10 @@ def scene_edits(size, vocab, context, g, queries=200):
         scenes[row, slot] = (scenes[row, slot] + step) % sides[slot]
         return scenes
 
-    source = random_scenes(8 * queries, g)
+    source = random_scenes(8 * queries, 0.0, g)
     slot = torch.randint(5, (len(source),), generator=g)
     target = change(source, slot)
-    clear = (source[:, 4] >= 0) & (source[:, :2] != source[:, 2:4]).all(1)      # "red" is one object's alone
+    clear = (source[:, :2] != source[:, 2:4]).all(1)                  # "red" is one object's alone
     known = ~unseen(target[:, 0], target[:, 1]) & ~unseen(target[:, 2], target[:, 3])
     source, target, slot = (z[clear & known][:queries] for z in (source, target, slot))
     near = [change(target, torch.full_like(slot, k)) for k in torch.randperm(5, generator=g)[:3]]
@@ -443,7 +447,7 @@ def scene_data(cfg):
     """20,000 training and 2,000 validation scenes with both tasks; the same seed gives the same bytes."""
     g, size = torch.Generator().manual_seed(cfg.seed), cfg.image_size or 32
     n, held_out = min(20_000, cfg.limit or 20_000), min(2_000, cfg.limit or 2_000)
-    scenes = random_scenes(n + held_out, g)
+    scenes = random_scenes(n + held_out, cfg.single, g)
     captions = describe(scenes)
     vocab = make_vocab(captions[:n], cfg.vocab)
     tokens, images = tokenize(captions, vocab, cfg.context), draw_scenes(scenes, size, g)
@@ -703,6 +707,7 @@ class Config:
     learn_temperature: bool = flag(False, "learn T, at 0.01 or above")
     data: str = flag("synthetic", "`synthetic`, an MS-COCO folder, or a CSV file with the header image,caption")
     limit: int = flag(0, "use at most so many training, and validation, images; 0 for all")
+    single: float = flag(0.1, "share of scenes with a single object")
     image_size: int = flag(0, "side of the images, a multiple of 8; 0 for 32 (scenes) or 64 (photographs)")
     cache: str = flag("", "folder for decoded photographs; else cgap/ in the user's cache folder")
     vocab: int = flag(10_000, "size of the vocabulary, the most frequent words of the training captions")
@@ -732,6 +737,8 @@ class Config:
                 raise Problem(f"{name} takes a value of type {f.type.__name__}, not {value!r}")
             if f.type in (int, float) and not 0 <= value < math.inf:
                 raise Problem(f"{name} must be a finite number and not negative, but is {value}")
+            if f.name == "single" and value > 1:
+                raise Problem(f"{name} is a share, 0 to 1, not {value}")
             if f.name in "temperature lr steps dim vocab context eval_every checkpoint_every".split() and value == 0:
                 raise Problem(f"{name} must be above 0")
         for bad, text in (
@@ -919,7 +926,7 @@ def train(cfg, resume=False, quiet=False):
     try:
         for step, (i, dice) in zip(range(start, cfg.steps + 1), batches(len(data.train), cfg.batch, cfg.seed, start)):
             last, stop = step == cfg.steps, any_process(signals, hw)
-            if chief and (last or step % max(1, cfg.eval_every // 4) == 0):
+            if chief and (last or step % max(1, cfg.steps // 40) == 0):
                 frames[step] = snapshot(model, data.val, hw)
             if chief and (last or step % cfg.eval_every == 0) and not (history and history[-1]["step"] == step):
                 history.append({"step": step, **evaluate(model, data, cfg, hw), "seconds": time.perf_counter() - began,
@@ -1093,6 +1100,193 @@ def plot(folders, out):
 
 
 # ============================================================================================================
+# 8. The claims of the paper, each as data: what it says, what its authors published, the runs that test it, and
+# what must come out. `--reproduce` runs them with several seeds, each run once, on all cores.
+# ============================================================================================================
+@dataclass
+class Claim:
+    """A claim. runs: {label: settings that differ from Config's}, `init` names the label of an earlier run.
+    checks: (metric, more, less, factor): the metric of run `more` exceeds `factor` times that of run `less`;
+    "X, at the start" is run X before its first step. A check holds if the difference, paired by seed, is on
+    average above 0 by more than its standard deviation."""
+    text: str
+    published: str  # in the authors' repository, github.com/abrar-fahim/contrastive-gap
+    runs: dict
+    checks: list
+    shown: tuple = ("linear_separability", "centroid_distance", "uniformity_image", "alignment", "i2t_r1", "arithmetic")
+
+
+CLIP, CUA, CUAXU = {}, {"unif": 1.0, "align": 1.0}, {"unif": 1.0, "align": 1.0, "xunif": 1.0}
+SHORT, FROM_ZERO = {"steps": 600}, {"init_gap": "remove"}
+LEARNED, TUNED = {"temperature": 0.07, "learn_temperature": True}, {"steps": 500, "lr": 3e-4, "single": 0.0, "limit": 8000}
+GEOMETRY = ("linear_separability", "centroid_distance", "uniformity_image", "matched_cosine", "alignment", "i2t_r1")
+CLAIMS = {
+    "losses": Claim(
+        "CUA and CUAXU close the gap and spread the embeddings; arithmetic improves; retrieval is about kept",
+        "d = 128, CLIP / CUA / CUAXU: separability 1.000 / .729 / .826, centroids .661 / .082 / .127, uniformity "
+        "-1.91 / -3.65 / -3.75, alignment .866 / .544 / .727, I2T R@1 .275 / .258 / .266, SIMAT .356 / .425 / .417",
+        {"CLIP": CLIP, "CUA": CUA, "CUAXU": CUAXU},
+        [(metric, "CLIP", loss, factor) for loss in ("CUA", "CUAXU")
+         for metric, factor in (("linear_separability", 1), ("centroid_distance", 3), ("uniformity_image", 1))]
+        + [("arithmetic", "CUA", "CLIP", 1), ("arithmetic", "CUAXU", "CLIP", 1), ("arithmetic", "CUA", "CLIP", 2),
+           ("i2t_r1", "CUA", "CLIP", 0.97), ("i2t_r1", "CUAXU", "CLIP", 0.97), ("zero_shot", "CUA", "CLIP", 1)],
+        ("linear_separability", "centroid_distance", "uniformity_image", "alignment", "i2t_r1", "t2i_r1", "zero_shot",
+         "arithmetic")),
+    "same-modality": Claim(
+        "the loss creates a gap even with the same images in both encoders, no gap at the start and a training loss "
+        "near 0; CUA does not", "separability near 1 after training to convergence (E1 of their experiments)",
+        {name: {**FROM_ZERO, "same_modality": True, "steps": 1000, **loss} for name, loss in (("CLIP", CLIP), ("CUA", CUA))},
+        [("linear_separability", "CLIP", "CLIP, at the start", 1), ("centroid_distance", "CLIP", "CLIP, at the start", 1),
+         ("linear_separability", "CLIP", "CUA", 1), ("linear_separability", "CLIP, at the start", "CUA", 1)],
+        ("linear_separability", "centroid_distance", "uniformity_image", "alignment", "i2t_r1", "clip")),
+    "image-text-from-zero": Claim(
+        "the same from images and texts whose initial gap was removed: it is not the cone effect", "no figure",
+        {name: {**FROM_ZERO, "steps": 1000, **loss} for name, loss in (("CLIP", CLIP), ("CUA", CUA))},
+        [("linear_separability", "CLIP", "CLIP, at the start", 1), ("linear_separability", "CLIP", "CUA", 1),
+         ("centroid_distance", "CLIP", "CUA", 1), ("uniformity_image", "CLIP", "CUA", 1)]),
+    "dimension": Claim(
+        "the gap closes by itself in very low dimension and is there in high dimension",
+        "separability with CLIP: .50 at d = 3 and 16 (one seed), .782 at 32, .999 at 64, 1.000 at 128; "
+        "with CUA: .589 at 32, .648 at 64, .729 at 128",
+        {f"{name}, d = {d}": {**SHORT, "dim": d, **loss} for d in (3, 8, 32, 128)
+         for name, loss in (("CLIP", CLIP), ("CUA", CUA))},
+        [("linear_separability", "CLIP, d = 128", "CLIP, d = 3", 1), ("linear_separability", "CLIP, d = 32", "CLIP, d = 8", 1),
+         ("linear_separability", "CLIP, d = 128", "CUA, d = 128", 1), ("uniformity_image", "CLIP, d = 3", "CUA, d = 3", 1)]),
+    "batch-size": Claim(
+        "small batches make it worse", "no figure",
+        {"B = 16, same samples": {"batch": 16, "steps": 2400}, "B = 64": SHORT, "B = 256, same samples": {"batch": 256, "steps": 150},
+         "B = 16, same steps": {**SHORT, "batch": 16}, "B = 256, same steps": {**SHORT, "batch": 256}},
+        [(metric, f"B = 16, {same}", f"B = 256, {same}", 1) for same in ("same samples", "same steps")
+         for metric in ("centroid_distance", "uniformity_image")]),
+    "terms": Claim(
+        "uniformity spreads, alignment pulls pairs together, and it takes both", "no figure",
+        {"CLIP": SHORT, "unif alone": {**SHORT, "unif": 1.0}, "align alone": {**SHORT, "align": 1.0},
+         "xunif alone": {**SHORT, "xunif": 1.0}, "CUA": {**SHORT, **CUA}},
+        [("uniformity_image", "CLIP", "unif alone", 1), ("alignment", "CLIP", "align alone", 1),
+         ("linear_separability", "unif alone", "CUA", 1), ("linear_separability", "align alone", "CUA", 1),
+         ("centroid_distance", "xunif alone", "CLIP", 1)], GEOMETRY),
+    "temperature": Claim(
+        "(beyond the paper) a part of the gap belongs to the frozen T = 0.01", "no figure; T is 0.01 in their final runs",
+        {f"{name}, {label}": {**SHORT, **loss, **settings} for label, settings in (
+            ("T = 0.01", {}), ("T = 0.03", {"temperature": 0.03}), ("T = 0.07", {"temperature": 0.07}), ("T learned", LEARNED))
+         for name, loss in (("CLIP", CLIP), ("CUA", CUA))},
+        [("linear_separability", "CLIP, T = 0.01", f"CLIP, {label}", 1) for label in ("T = 0.03", "T = 0.07", "T learned")]
+        + [("uniformity_image", "CLIP, T = 0.01", "CLIP, T = 0.07", 1)],
+        ("linear_separability", "centroid_distance", "uniformity_image", "alignment", "i2t_r1", "temperature")),
+    "zero-shot": Claim(
+        "the closed gap classifies better, in the authors' protocol: pretrain with a learned T, then fine-tune at 0.01",
+        "d = 128, CLIP / CUA / CUAXU: ImageNet .133 / .138 / .148, CIFAR-100 .318 / .335 / .345, Caltech .417 / .483 / .486",
+        {"pretrained": {**LEARNED, "steps": 900, "single": 0.5},
+         **{f"{name}, projections {kind}": {**TUNED, **loss, "init": "pretrained", "fresh_projection": kind == "fresh"}
+            for kind in ("kept", "fresh") for name, loss in (("CLIP", CLIP), ("CUA", CUA), ("CUAXU", CUAXU))}},
+        [(metric, f"{loss}, projections {kind}", f"CLIP, projections {kind}", 1) for kind in ("kept", "fresh")
+         for metric in ("zero_shot", "zero_shot_unseen") for loss in ("CUA", "CUAXU")],
+        ("linear_separability", "centroid_distance", "uniformity_image", "i2t_r1", "zero_shot", "zero_shot_unseen", "arithmetic")),
+}
+
+
+def claim_configs(claim, seed):
+    """{label: Config} of a claim's runs. Their folders are named after all that decides their outcome, this file
+    included: equal runs of two claims are one, and a run of another version is not taken for this one's."""
+    configs, code = {}, Path(__file__).read_text()
+    for label, settings in claim.runs.items():
+        cfg = Config(**{"eval_every": 300, "seed": seed, "device": "cpu", **settings})
+        cfg.init = configs[cfg.init].out if cfg.init else ""
+        cfg.out = "runs/reproduce/" + hashlib.sha256((code + json.dumps(asdict(cfg))).encode()).hexdigest()[:12]
+        configs[label] = cfg
+    return configs
+
+
+def run_once(cfg, threads):
+    """Run cfg, go on with it, or find it done; the process's body under reproduce."""
+    torch.set_num_threads(threads)
+    begun = (Path(cfg.out) / "checkpoint.pt").exists()
+    if not begun:
+        shutil.rmtree(cfg.out, ignore_errors=True)
+    train(cfg, resume=begun, quiet=True)
+
+
+def reproduce(names, seeds, folder="figures"):
+    """Run the claims of these names (all, if empty) with so many seeds, and write into the folder: results.json, a
+    picture for each claim, and the animation. Runs that are there already are not run again."""
+    unknown = set(names) - set(CLAIMS)
+    if unknown or seeds < 1:
+        raise Problem(f"--reproduce knows {', '.join(CLAIMS)}, not {', '.join(unknown)}" if unknown else "--seeds must be above 0")
+    runs = {(name, seed): claim_configs(CLAIMS[name], seed) for name in names or CLAIMS for seed in range(seeds)}
+    jobs = {cfg.out: cfg for configs in runs.values() for cfg in configs.values()}
+    workers = os.cpu_count() or 1  # a thread each: the work of many short runs, not of one, is what is shared out
+    with (tqdm(total=sum(cfg.steps * cfg.batch for cfg in jobs.values()), unit="pair", unit_scale=True, smoothing=0) as bar,
+          ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool):
+        for stage in (False, True):  # those that start from another run come after it
+            futures = {pool.submit(run_once, cfg, 1): cfg for cfg in jobs.values() if bool(cfg.init) == stage}
+            for future in as_completed(futures):
+                future.result()
+                bar.update(futures[future].steps * futures[future].batch)
+    path, out = Path(folder) / "results.json", Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in names or CLAIMS:
+        results[name] = {"seeds": seeds, "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
+                         f"{platform.python_version()}, torch {torch.__version__}", "runs": {}}
+        for label in CLAIMS[name].runs:
+            ran = [load_run(runs[name, seed][label].out) for seed in range(seeds)]
+            results[name]["runs"][label] = [{"config": asdict(run.cfg), "start": run.history[0], "end": run.history[-1]}
+                                            for run in ran]
+        plot_claim(name, results[name], out / f"{name}.png")
+        print(f"\n## {name}\n\n{claim_table(name, results[name])}")
+    path.write_text(json.dumps(results, indent=0) + "\n")
+    if "losses" in (names or CLAIMS):
+        plot([runs["losses", 0][label].out for label in ("CLIP", "CUA")], out)
+
+
+def claim_values(result, label, metric):
+    """The metric of a run at the end (or of "X, at the start" at the start) for each seed, as a tensor."""
+    label, start, _ = label.partition(", at the start")
+    return torch.tensor([run["start" if start else "end"][metric] for run in result["runs"][label]], dtype=torch.double)
+
+
+def spread(values):
+    """ "mean +- standard deviation" of the values over seeds."""
+    return f"{values.mean():.3f} ± {values.std():.3f}" if len(values) > 1 else f"{values.mean():.3f}"
+
+
+def claim_table(name, result):
+    """The claim, what was published and what was measured, in Markdown."""
+    claim = CLAIMS[name]
+    lines = [f"**Claim:** {claim.text}. **Published:** {claim.published}.", "",
+             "| | " + " | ".join(metric.replace("_", " ") for metric in claim.shown) + " |",
+             "|---" * (len(claim.shown) + 1) + "|"]
+    for label in claim.runs:
+        lines.append(f"| {label} | " + " | ".join(spread(claim_values(result, label, metric))
+                                                  if metric in result["runs"][label][0]["end"] else "-"
+                                                  for metric in claim.shown) + " |")
+    lines.append("")
+    for metric, more, less, factor in claim.checks:
+        difference = claim_values(result, more, metric) - factor * claim_values(result, less, metric)
+        verdict = "holds" if len(difference) > 1 and difference.mean() > difference.std() else "**does not hold**"
+        times = f"{factor:g} x " if factor != 1 else ""
+        lines.append(f"- {metric.replace('_', ' ')}, {more} > {times}{less}: {verdict} ({spread(difference)})")
+    return "\n".join(lines) + f"\n\n{result['seeds']} seeds, {result['machine']}: `python cgap.py --reproduce {name}`\n"
+
+
+def plot_claim(name, result, path):
+    """A claim's runs side by side: a panel for each of the first four metrics, a dot for each seed, a bar at the mean."""
+    labels, metrics = list(result["runs"]), CLAIMS[name].shown
+    figure, axes = canvas(1, len(metrics), textwrap.fill(CLAIMS[name].text, 110), 2.4 * len(metrics) + 1,
+                          1.6 + 0.34 * len(labels), sharey=True)
+    for axis, metric in zip(axes, metrics):
+        for row, label in enumerate(labels):
+            if metric in result["runs"][label][0]["end"]:
+                values = claim_values(result, label, metric)
+                axis.plot(values, [row] * len(values), "o", color=IMAGE, alpha=0.6, ms=5)
+                axis.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=TEXT, linewidth=2)
+        axis.set(xlabel=metric.replace("_", " "), yticks=range(len(labels)), yticklabels=labels)
+        axis.grid(axis="y", color="0.9")
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+# ============================================================================================================
 # 9. The command line
 # ============================================================================================================
 def report(run):
@@ -1121,6 +1315,8 @@ def parse(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
     parser.add_argument("--plot", metavar="RUN", nargs="+", help="redraw a run, or lay several over each other")
+    parser.add_argument("--reproduce", metavar="CLAIM", nargs="*", help=f"test claims of the paper (all, or: {', '.join(CLAIMS)})")
+    parser.add_argument("--seeds", type=int, default=3, help="with --reproduce: so many runs of each kind")
     return vars(parser.parse_args(argv))
 
 
@@ -1129,7 +1325,10 @@ def main(argv=None):
     chief = os.environ.get("RANK", "0") == "0"
     try:
         flags = parse(argv)
-        resume, runs = flags.pop("resume"), flags.pop("plot")
+        resume, runs, claims, seeds = (flags.pop(name) for name in ("resume", "plot", "reproduce", "seeds"))
+        if claims is not None:
+            reproduce(claims, seeds, flags["out"] or "figures")
+            return 0
         if runs:
             print(*plot(runs, flags["out"] or (runs[0] if len(runs) == 1 else "runs/plot")), sep="\n")
             return 0
