@@ -53,6 +53,10 @@ __version__ = "1.0"
 #     align  asks that the two be close;   unif  asks that pictures be far from pictures, and texts from texts;
 #     xunif  asks that pictures be far from the captions of others.
 # The paper's losses are rows of weights: CLIP alone; CUA = CLIP + unif + align; CUAXU = CUA + xunif.
+#
+# Why does CLIP leave a gap? Its softmax sees cosines divided by the temperature T, here 0.01: a caption that leads
+# the others by a cosine of 0.05 has won by a factor of e^5. So small differences in a small region are enough for a
+# loss near 0, and nothing in it cares where the two regions lie. The other terms do.
 # ============================================================================================================
 import math
 
@@ -130,8 +134,9 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, block=None
 
 
 # ============================================================================================================
-# 2. Measuring the gap. One number does not do: two clouds can share a centre and still be told apart by a
-# classifier, and two clouds that nobody can tell apart may still sit in a corner of the sphere.
+# 2. Measuring the gap. One number does not do. Two clouds can share a centre and still be told apart by a
+# classifier; two clouds that nobody can tell apart can still sit in a corner of the sphere (plain CLIP does, in
+# three dimensions); and alignment can get worse while the gap closes, for in a corner pairs are close for free.
 # ============================================================================================================
 def fit_logistic(x, labels, C=1.0):
     """Weights (D,) and bias of the L2 logistic regression that scikit-learn fits by default: the minimum of
@@ -168,6 +173,8 @@ def gap_metrics(x, y):
     """
     if x.shape != y.shape or x.ndim != 2 or len(x) < 5:
         raise ValueError(f"x and y must share a shape (N, D), N at least 5, not {tuple(x.shape)} and {tuple(y.shape)}")
+    if not (x.is_floating_point() and y.is_floating_point()):
+        raise ValueError(f"x and y must be floating point, not {x.dtype} and {y.dtype}")
     x, y = (F.normalize(z.detach().cpu().double(), dim=1) for z in (x, y))     # on the CPU: MPS has no float64
     N = len(x)
     terms = gap_terms(x.float(), y.float(), block=2048)
@@ -175,7 +182,7 @@ def gap_metrics(x, y):
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     train, test = order[:int(0.8 * N)], order[int(0.8 * N):]          # by pair: both halves of a pair on one side
     w, b = fit_logistic(torch.cat([x[train], y[train]]), torch.arange(2.).repeat_interleave(len(train)).double())
-    correct = torch.cat([x[test] @ w + b < 0, y[test] @ w + b > 0])
+    correct = torch.cat([x[test] @ w + b <= 0, y[test] @ w + b > 0])
 
     def effective_rank(z):
         share = torch.linalg.eigvalsh(torch.cov(z.T)).clamp(min=0)
@@ -468,9 +475,12 @@ def read_coco(folder):
         try:
             content, images = json.loads(files[-1].read_bytes()), folder / files[-1].stem.removeprefix("captions_")
             captions = {image["id"]: (images / image["file_name"], []) for image in content["images"]}
+            for path, _ in captions.values():
+                if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(images)):
+                    raise Problem(f"{files[-1]}: {path} is outside of {images}")
             for note in content["annotations"]:
                 captions[note["image_id"]][1].append(note["caption"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Problem(f"{files[-1]} is not a COCO caption file ({type(error).__name__}: {error})") from None
         splits.append([pair for pair in captions.values() if pair[1]])
     if splits[0] is None:
@@ -487,6 +497,8 @@ def read_csv(file):
             if not {"image", "caption"} <= set(rows.fieldnames or ()):
                 raise Problem(f"{file} needs the header image,caption; its first line has {rows.fieldnames}")
             for row in rows:
+                if not row["image"]:
+                    raise Problem(f"{file}, line {rows.line_num}: a row without an image")
                 captions.setdefault(row["image"], []).append(row["caption"])
     except (UnicodeDecodeError, csv.Error) as error:
         raise Problem(f"{file} is not a CSV file in UTF-8 ({error})") from None
@@ -507,7 +519,7 @@ def load_photo(path, size):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a broken file may raise anything: struct.error from EXIF, a bomb's own error, ...
         raise OSError(f"{path} ({getattr(error, 'strerror', None) or str(error) or type(error).__name__})") from None
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
@@ -525,8 +537,8 @@ def photo_data(cfg):
     content = None
     if cache.exists():
         try:
-            content = torch.load(cache, weights_only=True, mmap=True)
-            content = content if content["key"] == key else None
+            found = torch.load(cache, weights_only=True, mmap=True)
+            content = found if found["key"] == key else None
         except Exception:  # torch.load has many ways to dislike a file, and the answer to all is the same
             pass
         if content is None:
@@ -549,29 +561,38 @@ def build_cache(cache, key, train, val, cfg, size):
     pairs = train + val
     if not pairs:
         raise Problem(f"{cfg.data} has no images with captions")
+    for path, texts in pairs:
+        for text in texts:
+            if not isinstance(text, str) or not split_words(text):
+                raise Problem(f"{cfg.data}: {path} has a caption without words: {text!r}")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory(dir=cache.parent, ignore_cleanup_errors=True) as folder:
+        # Mapped from the disk, as all of them may not fit into memory; the name can go at once, the mapping stays.
+        with open(f"{folder}/images", "wb") as file:  # written, not sparse: a full disk is an error here, not a crash
+            for _ in pairs:
+                file.write(bytes(3 * size * size))
         images = torch.from_file(f"{folder}/images", shared=True, size=len(pairs) * 3 * size * size, dtype=torch.uint8)
-        images = images.view(-1, 3, size, size)  # on the disk: all of them may not fit into memory
+    images = images.view(-1, 3, size, size)
 
-        def decode(i):
-            try:
-                images[i] = load_photo(pairs[i][0], size)
-            except OSError as error:
-                return str(error)
+    def decode(i):
+        try:
+            images[i] = load_photo(pairs[i][0], size)
+        except OSError as error:
+            return str(error)
 
-        faults = list(tqdm(pool.map(decode, range(len(pairs))), "decoding", len(pairs), unit="image"))   # without the GIL
-        good, faults = [i for i, fault in enumerate(faults) if not fault], [fault for fault in faults if fault]
-        if len(faults) > len(pairs) / 10:
-            raise Problem(f"{len(faults)} of {len(pairs)} images cannot be read, the first: {', '.join(faults[:3])}")
-        for to, i in enumerate(good):
-            if to < i:
-                images[to] = images[i]
-        captions, n = [pairs[i][1] for i in good], sum(i < len(train) for i in good)
-        vocab = make_vocab(itertools.chain.from_iterable(captions[:n]), cfg.vocab)
-        save({"key": key, "images": images[:len(good)], "train": n, "faults": faults, "vocab": vocab,
-              "tokens": tokenize(list(itertools.chain.from_iterable(captions)), vocab, cfg.context),
-              "first": torch.tensor([0] + [len(texts) for texts in captions]).cumsum(0)}, cache)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: Pillow decodes without the GIL
+        faults = list(tqdm(pool.map(decode, range(len(pairs))), "decoding", len(pairs), unit="image"))
+    good, faults = [i for i, fault in enumerate(faults) if not fault], [fault for fault in faults if fault]
+    if len(faults) > len(pairs) / 10:
+        raise Problem(f"{len(faults)} of {len(pairs)} images cannot be read, the first: {', '.join(faults[:3])}")
+    for to, i in enumerate(good):
+        if to < i:
+            images[to] = images[i]
+    captions, n = [pairs[i][1] for i in good], sum(i < len(train) for i in good)
+    vocab = make_vocab(itertools.chain.from_iterable(captions[:n]), cfg.vocab)
+    save({"key": key, "images": images[:len(good)], "train": n, "faults": faults, "vocab": vocab,
+          "tokens": tokenize(list(itertools.chain.from_iterable(captions)), vocab, cfg.context),
+          "first": torch.tensor([0] + [len(texts) for texts in captions]).cumsum(0)}, cache)
 
 
 def folder_classes(cfg, size, vocab):
@@ -623,8 +644,8 @@ def recall(x, y, group):
 
 
 def evaluate(model, data, cfg, hw):
-    """Everything that is measured, as a flat dict of floats: the training loss and its terms (on four fixed
-    batches), the gap and retrieval on the validation pairs, and the tasks that the data have."""
+    """Everything that is measured, as a flat dict of floats: the training loss and its terms (on up to four
+    fixed batches), the gap and retrieval on the validation pairs, and the tasks that the data have."""
     def images(x):
         return F.normalize(encode(model.image, x, hw), dim=1)
 
@@ -635,7 +656,7 @@ def evaluate(model, data, cfg, hw):
         inputs = part.pairs(torch.arange(min(n, len(part))))
         return images(inputs[0]), texts(inputs[1]), inputs[1]
 
-    x, y, _ = embeddings(data.train, 4 * cfg.batch)
+    x, y, _ = embeddings(data.train, min(4, len(data.train) // cfg.batch) * cfg.batch)
     losses = [cgap_loss(*xy, model.temperature().detach(), cfg.unif, cfg.align, cfg.xunif)
               for xy in zip(x.split(cfg.batch), y.split(cfg.batch))]
     record = {"loss": sum(total.item() for total, _ in losses) / len(losses)}
@@ -743,6 +764,8 @@ class Config:
                 raise Problem(f"{name} must be above 0")
         for bad, text in (
                 (self.batch < 2, f"--batch {self.batch}: the loss compares pairs, so a batch has at least 2"),
+                (self.dim < 2, f"--dim {self.dim}: a sphere needs at least 2 dimensions"),
+                (self.seed >= 2 ** 32, f"--seed {self.seed} is not below 2 ** 32"),
                 (self.image_size % STRIDE, f"--image-size {self.image_size} is not a multiple of {STRIDE}"),
                 (self.init_gap not in ("keep", "remove"), f"--init-gap is `keep` or `remove`, not `{self.init_gap}`"),
                 (self.learn_temperature and self.temperature < 0.01, "--learn-temperature needs a --temperature of "
@@ -769,8 +792,8 @@ def hardware(cfg):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = f"cuda:{local}" if name == "cuda" else name
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or index and (kind != "cuda" or not index.isdecimal()):
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or colon and (kind != "cuda" or not index.isdecimal()):
         raise Problem(f"--device {cfg.device} is not one of auto, cpu, cuda, cuda:N, mps")
     if kind == "cuda" and (not torch.cuda.is_available() or int(index) >= torch.cuda.device_count()):
         raise Problem(f"--device {cfg.device}: PyTorch sees {torch.cuda.device_count()} CUDA devices; try --device cpu")
@@ -831,6 +854,7 @@ def save(content, path):
 
 
 Run = namedtuple("Run", "cfg history saved")
+CHECKPOINT = "version config vocab step seconds model optimizer scaler history frames samples chance".split()
 
 
 def load_run(folder):
@@ -838,9 +862,9 @@ def load_run(folder):
     path = Path(folder) / "checkpoint.pt"
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        if saved["version"] == __version__:
+        if saved["version"] == __version__ and saved.keys() >= set(CHECKPOINT):
             return Run(Config(**saved["config"]), saved["history"], saved)
-        problem = f"{path} was written by version {saved['version']} of cgap, and this is {__version__}"
+        problem = f"{path} was written by version {saved['version']} of cgap, not {__version__}, or lacks a part"
     except FileNotFoundError:
         problem = f"{folder} holds no checkpoint.pt: not a run, or one that ended before its first"
     except Exception as error:  # whatever a broken or a foreign file may raise
@@ -856,9 +880,11 @@ def start_from(folder, model, vocab, fresh_projection):
     weights = {name: weight for name, weight in saved["model"].items()
                if name != "log_scale" and not (fresh_projection and "projection" in name)}
     try:
-        model.load_state_dict(weights, strict=False)
+        fits = not model.load_state_dict(weights, strict=False).unexpected_keys
     except RuntimeError:
-        raise Problem(f"--init {folder} has encoders of another shape: --dim, --context, --same-modality") from None
+        fits = False
+    if not fits:
+        raise Problem(f"--init {folder} has encoders of another shape: --dim, --context, --same-modality")
 
 
 class Interrupted(Exception):
@@ -902,6 +928,8 @@ def train(cfg, resume=False, quiet=False):
     optimizer = torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
     history, frames, start, seconds = [], {}, 0, 0.0
     if saved:
+        if saved["vocab"] != data.vocab:
+            raise Problem(f"{out} was trained on other words than {cfg.data} has now")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         hw.scaler.load_state_dict(saved["scaler"])
@@ -914,6 +942,8 @@ def train(cfg, resume=False, quiet=False):
 
     if chief:
         out.mkdir(parents=True, exist_ok=True)
+        for draft in out.glob("checkpoint.pt.*.tmp"):  # of a run that was killed while it wrote
+            draft.unlink(missing_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
         log = open(out / "metrics.jsonl", "w")  # from the checkpoint: a torn line, or a later one, goes
         log.writelines(json.dumps(record) + "\n" for record in history)
@@ -926,6 +956,16 @@ def train(cfg, resume=False, quiet=False):
     try:
         for step, (i, dice) in zip(range(start, cfg.steps + 1), batches(len(data.train), cfg.batch, cfg.seed, start)):
             last, stop = step == cfg.steps, any_process(signals, hw)
+            tick = time.perf_counter()
+            images, texts = (z.to(hw.device, non_blocking=True) for z in data.train.pairs(i[mine], dice[mine]))
+            with hw.autocast:
+                x, y, T = net(images, texts)
+            loss, terms = loss_of(gather(x), gather(y), T, cfg.unif, cfg.align, cfg.xunif)
+            if not torch.isfinite(loss):  # looked at before the checkpoint, which so has good weights only
+                raise Problem(f"the loss is not finite at step {step} ("
+                              + ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+                              + f"): lower --lr or raise --temperature; {out} keeps the last good weights")
+            busy += time.perf_counter() - tick
             if chief and (last or step % max(1, cfg.steps // 40) == 0):
                 frames[step] = snapshot(model, data.val, hw)
             if chief and (last or step % cfg.eval_every == 0) and not (history and history[-1]["step"] == step):
@@ -941,14 +981,6 @@ def train(cfg, resume=False, quiet=False):
             if last or stop:
                 break
             tick = time.perf_counter()
-            images, texts = (z.to(hw.device, non_blocking=True) for z in data.train.pairs(i[mine], dice[mine]))
-            with hw.autocast:
-                x, y, T = net(images, texts)
-            loss, terms = loss_of(gather(x), gather(y), T, cfg.unif, cfg.align, cfg.xunif)
-            if not torch.isfinite(loss):
-                raise Problem(f"the loss is not finite at step {step} ("
-                              + ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-                              + f"): lower --lr or raise --temperature; {out} keeps the last good weights")
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * min((step + 1) / (0.1 * cfg.steps), 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
             optimizer.zero_grad()
@@ -966,6 +998,8 @@ def train(cfg, resume=False, quiet=False):
             signal.signal(number, handler)
         if chief:
             log.close()
+    if hw.world > 1:
+        dist.destroy_process_group()
     if stop and not last:
         raise Interrupted(signals[0] if signals else signal.SIGTERM)
     return history
@@ -1208,7 +1242,8 @@ def run_once(cfg, threads):
 
 def reproduce(names, seeds, folder="figures"):
     """Run the claims of these names (all, if empty) with so many seeds, and write into the folder: results.json, a
-    picture for each claim, and the animation. Runs that are there already are not run again."""
+    picture for each claim, and the animation; then the tables of the README.md beside the folder, if there is one.
+    Runs that are there already are not run again."""
     unknown = set(names) - set(CLAIMS)
     if unknown or seeds < 1:
         raise Problem(f"--reproduce knows {', '.join(CLAIMS)}, not {', '.join(unknown)}" if unknown else "--seeds must be above 0")
@@ -1235,6 +1270,13 @@ def reproduce(names, seeds, folder="figures"):
         plot_claim(name, results[name], out / f"{name}.png")
         print(f"\n## {name}\n\n{claim_table(name, results[name])}")
     path.write_text(json.dumps(results, indent=0) + "\n")
+    readme = out.parent / "README.md"
+    if readme.exists():  # its tables stand between two marks
+        text = readme.read_text()
+        for name, result in results.items():
+            text = re.sub(rf"(<!-- {name} -->\n).*?(?=<!-- end -->)", lambda match: match[1] + claim_table(name, result),
+                          text, flags=re.DOTALL)
+        readme.write_text(text)
     if "losses" in (names or CLAIMS):
         plot([runs["losses", 0][label].out for label in ("CLIP", "CUA")], out)
 
@@ -1313,7 +1355,7 @@ def parse(argv=None):
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own settings")
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this folder, with its own settings")
     parser.add_argument("--plot", metavar="RUN", nargs="+", help="redraw a run, or lay several over each other")
     parser.add_argument("--reproduce", metavar="CLAIM", nargs="*", help=f"test claims of the paper (all, or: {', '.join(CLAIMS)})")
     parser.add_argument("--seeds", type=int, default=3, help="with --reproduce: so many runs of each kind")
@@ -1332,7 +1374,7 @@ def main(argv=None):
         if runs:
             print(*plot(runs, flags["out"] or (runs[0] if len(runs) == 1 else "runs/plot")), sep="\n")
             return 0
-        cfg = replace(load_run(resume).cfg, out=resume) if resume else Config(**flags)
+        cfg = replace(load_run(resume).cfg, out=str(resume)) if resume else Config(**flags)
         cfg.out = cfg.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.name()}"
         if resume and load_run(resume).saved["step"] == cfg.steps:
             print(f"{resume} is finished; its figures are drawn again")
