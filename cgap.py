@@ -530,6 +530,7 @@ def photo_data(cfg):
     if not source.exists():
         raise Problem(f"--data {source}: no such folder or file (a COCO folder, a CSV file, or `synthetic`)")
     inputs = [source, *sorted(source.glob("*20[0-9][0-9]")), *sorted(source.glob("annotations/*"))]
+    # The settings name the file; the key in it, with the state of the data, tells whether it is still good.
     settings = [__version__, str(source.resolve()), size, cfg.vocab, cfg.context, cfg.limit]
     key = json.dumps(settings + [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in inputs])
     folder = Path(cfg.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgap")
@@ -538,16 +539,19 @@ def photo_data(cfg):
     if cache.exists():
         try:
             found = torch.load(cache, weights_only=True, mmap=True)
-            content = found if found["key"] == key else None
+            mended = [path for path in map(Path, found["faults"]) if path.exists()
+                      and max(path.stat().st_mtime, path.stat().st_ctime) > cache.stat().st_mtime]
+            content = found if found["key"] == key and not mended else None
         except Exception:  # torch.load has many ways to dislike a file, and the answer to all is the same
             pass
         if content is None:
-            print(f"{cache} is broken or belongs to other data: it is made anew")
+            print(f"{cache} is broken, or the data have changed: it is made anew")
     if content is None:
         build_cache(cache, key, *(read_coco if source.is_dir() else read_csv)(source), cfg, size)
         content = torch.load(cache, weights_only=True, mmap=True)
     if content["faults"]:
-        print(f"warning: {len(content['faults'])} images are left out: {', '.join(content['faults'][:20])}", file=sys.stderr)
+        print(f"warning: {len(content['faults'])} images are left out: {', '.join(list(content['faults'].values())[:20])}",
+              file=sys.stderr)
     images, tokens, first, n, vocab = (content[name] for name in ("images", "tokens", "first", "train", "vocab"))
     return Data(Pairs(images[:n], tokens, first[:n + 1]), Pairs(images[n:], tokens, first[n:]), vocab,
                 folder_classes(cfg, size, vocab) if cfg.zero_shot else None, None)
@@ -582,9 +586,11 @@ def build_cache(cache, key, train, val, cfg, size):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: Pillow decodes without the GIL
         faults = list(tqdm(pool.map(decode, range(len(pairs))), "decoding", len(pairs), unit="image"))
-    good, faults = [i for i, fault in enumerate(faults) if not fault], [fault for fault in faults if fault]
+    good = [i for i, fault in enumerate(faults) if not fault]
+    faults = {str(path): fault for (path, _), fault in zip(pairs, faults) if fault}
     if len(faults) > len(pairs) / 10:
-        raise Problem(f"{len(faults)} of {len(pairs)} images cannot be read, the first: {', '.join(faults[:3])}")
+        raise Problem(f"{len(faults)} of {len(pairs)} images cannot be read, the first: "
+                      + ", ".join(list(faults.values())[:3]))
     for to, i in enumerate(good):
         if to < i:
             images[to] = images[i]
@@ -625,7 +631,7 @@ def batches(n, size, seed, start=0):
     function of seed and step alone: a resumed run, or another process, needs no random state to go on."""
     for step in itertools.count(start):
         epoch, k = divmod(step, n // size)
-        if k == 0 or step == start:
+        if k == 0 or step == start:  # a new epoch, or the middle of one
             g = torch.Generator().manual_seed(1_000_003 * seed + epoch)
             order, dice = torch.randperm(n, generator=g), torch.randint(2 ** 31, (n,), generator=g)
         yield order[k * size:(k + 1) * size], dice[k * size:(k + 1) * size]
@@ -1045,9 +1051,10 @@ def plot_gap(runs, path):
 
 def draw_pairs(axis, run, step):
     """Images, texts and lines between pairs at one step: on the sphere if the space has 3 dimensions, else in the
-    plane of two lines, one between the centroids at the end, one between those at the start. A gap shows there."""
+    plane of two directions, from centroid to centroid in the mean over training and at the start: a gap shows there."""
     frames = {k: frame.float() for k, frame in run.saved["frames"].items()}
-    between = torch.stack([(frames[k][1] - frames[k][0]).mean(0) for k in (max(frames), min(frames))], 1)
+    between = torch.stack([(frame[1] - frame[0]).mean(0) for _, frame in sorted(frames.items())])     # (times, D)
+    between = torch.stack([between[1:].mean(0), between[0]], 1)
     flat = run.cfg.dim != 3
     x, y = (frames[step] @ torch.linalg.qr(between)[0] if flat else frames[step]).tolist()
     axis.clear()
@@ -1055,7 +1062,7 @@ def draw_pairs(axis, run, step):
     axis.plot(*zip(*itertools.chain(*zip(x[:100], y[:100], gaps))), color="0.8", linewidth=0.5, zorder=1)
     for points, colour, marker, label in (x, IMAGE, "o", "images"), (y, TEXT, "^", "texts"):
         axis.scatter(*zip(*points), s=9, color=colour, marker=marker, label=label, linewidths=0)
-    names = {"xlabel": "along the gap at the end", "ylabel": "along the gap at the start"} if flat else {"zlim": (-1, 1)}
+    names = {"xlabel": "along the gap, mean over training", "ylabel": "along the gap at the start"} if flat else {"zlim": (-1, 1)}
     axis.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal", **names)
     distance = (frames[step][1] - frames[step][0]).mean(0).norm()
     axis.set_title(f"{run.cfg.name()}, step {step}: centroids {distance:.2f} apart", fontsize=10)
@@ -1081,8 +1088,11 @@ def animate(runs, path):
     for step in sorted(set.intersection(*(set(run.saved["frames"]) for run in runs))):
         for axis, run in zip(axes, runs):
             draw_pairs(axis, run, step)
+        if not pictures:  # the layout takes two passes to settle; then the axes stand still
+            figure.draw_without_rendering()
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
         figure.canvas.draw()
-        figure.set_layout_engine("none")  # laid out once, so that the axes stand still
         size = figure.canvas.get_width_height()
         pictures.append(Image.frombytes("RGBA", size, bytes(figure.canvas.buffer_rgba())).convert("RGB"))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[160] * (len(pictures) - 1) + [2000], loop=0)
@@ -1171,7 +1181,7 @@ CLAIMS = {
         "near 0; CUA does not", "separability near 1 after training to convergence (E1 of their experiments)",
         {name: {**FROM_ZERO, "same_modality": True, "steps": 1000, **loss} for name, loss in (("CLIP", CLIP), ("CUA", CUA))},
         [("linear_separability", "CLIP", "CLIP, at the start", 1), ("centroid_distance", "CLIP", "CLIP, at the start", 1),
-         ("linear_separability", "CLIP", "CUA", 1), ("linear_separability", "CLIP, at the start", "CUA", 1)],
+         ("linear_separability", "CLIP", "CUA", 1), ("centroid_distance", "CLIP", "CUA", 3)],
         ("linear_separability", "centroid_distance", "uniformity_image", "alignment", "i2t_r1", "clip")),
     "image-text-from-zero": Claim(
         "the same from images and texts whose initial gap was removed: it is not the cone effect", "no figure",
@@ -1237,7 +1247,8 @@ def run_once(cfg, threads):
     begun = (Path(cfg.out) / "checkpoint.pt").exists()
     if not begun:
         shutil.rmtree(cfg.out, ignore_errors=True)
-    train(cfg, resume=begun, quiet=True)
+    if not begun or load_run(cfg.out).saved["step"] < cfg.steps:
+        train(cfg, resume=begun, quiet=True)
 
 
 def reproduce(names, seeds, folder="figures"):
@@ -1390,7 +1401,7 @@ def main(argv=None):
             print(f"interrupted; go on with: python cgap.py --resume {cfg.out}", file=sys.stderr)
             return 128 + stopped.number
     except (Problem, OSError) as error:
-        print(f"cgap.py: error: {error}", file=sys.stderr)
+        print("cgap.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 
