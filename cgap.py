@@ -550,8 +550,8 @@ def photo_data(cfg):
         build_cache(cache, key, *(read_coco if source.is_dir() else read_csv)(source), cfg, size)
         content = torch.load(cache, weights_only=True, mmap=True)
     if content["faults"]:
-        print(f"warning: {len(content['faults'])} images are left out: {', '.join(list(content['faults'].values())[:20])}",
-              file=sys.stderr)
+        faults = list(content["faults"].values())
+        print(f"warning: {len(faults)} images are left out: {', '.join(faults[:20])}", file=sys.stderr)
     images, tokens, first, n, vocab = (content[name] for name in ("images", "tokens", "first", "train", "vocab"))
     return Data(Pairs(images[:n], tokens, first[:n + 1]), Pairs(images[n:], tokens, first[n:]), vocab,
                 folder_classes(cfg, size, vocab) if cfg.zero_shot else None, None)
@@ -776,6 +776,7 @@ class Config:
                 (self.init_gap not in ("keep", "remove"), f"--init-gap is `keep` or `remove`, not `{self.init_gap}`"),
                 (self.learn_temperature and self.temperature < 0.01, "--learn-temperature needs a --temperature of "
                  "0.01 or above to start from"),
+                (self.zero_shot and self.data == "synthetic", "--zero-shot DIR is for photographs (--data)"),
                 (self.fresh_projection and not self.init, "--fresh-projection is for --init RUN, which is missing")):
             if bad:
                 raise Problem(text)
@@ -815,7 +816,8 @@ def hardware(cfg):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return Hardware(torch.device(name), torch.autocast(kind, half, enabled=kind == "cuda"),
-                    torch.amp.GradScaler(kind, enabled=half == torch.float16), dist.get_rank() if world > 1 else 0, world)
+                    torch.amp.GradScaler(kind, enabled=half == torch.float16),
+                    dist.get_rank() if world > 1 else 0, world)
 
 
 class Gather(torch.autograd.Function):
@@ -978,17 +980,18 @@ def train(cfg, resume=False, quiet=False):
                 history.append({"step": step, **evaluate(model, data, cfg, hw), "seconds": time.perf_counter() - began,
                                 "images_per_second": (step - start) * cfg.batch / busy if busy else 0.0})
                 print(json.dumps(history[-1]), file=log, flush=True)
-                bar.set_postfix({name: f"{history[-1][name]:.3f}" for name in ("loss", "linear_separability", "i2t_r1")})
+                bar.set_postfix({k: f"{history[-1][k]:.3f}" for k in ("loss", "linear_separability", "i2t_r1")})
             if chief and (last or stop or step % cfg.checkpoint_every == 0):
                 save({"version": __version__, "config": asdict(cfg), "vocab": data.vocab, "step": step,
-                      "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": hw.scaler.state_dict(),
-                      "history": history, "frames": frames, "seconds": time.perf_counter() - began,
-                      "samples": samples(data), "chance": chance(data)}, out / "checkpoint.pt")
+                      "seconds": time.perf_counter() - began, "model": model.state_dict(),
+                      "optimizer": optimizer.state_dict(), "scaler": hw.scaler.state_dict(), "history": history,
+                      "frames": frames, "samples": samples(data), "chance": chance(data)}, out / "checkpoint.pt")
             if last or stop:
                 break
             tick = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * min((step + 1) / (0.1 * cfg.steps), 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
+            done = step / cfg.steps
+            for group in optimizer.param_groups:  # warm-up and cosine are a function of the step: nothing to restore
+                group["lr"] = cfg.lr * min(10 * (done + 1 / cfg.steps), 0.5 + 0.5 * math.cos(math.pi * done))
             optimizer.zero_grad()
             hw.scaler.scale(loss).backward()
             hw.scaler.unscale_(optimizer)
@@ -1031,14 +1034,14 @@ def canvas(rows, columns, title, width, height, **options):
 def plot_gap(runs, path):
     """The gap over time: four measures against the step, with the value that they have where there is no gap."""
     told = ", ".join(f"{run.history[-1]['linear_separability']:.0%} ({run.cfg.name()})" for run in runs)
-    figure, axes = canvas(2, 2, f"After training a linear classifier tells images from texts with an accuracy of {told}",
-                          9.6, 6.4, sharex=True)
+    title = f"After training a linear classifier tells images from texts with an accuracy of {told}"
+    figure, axes = canvas(2, 2, title, 9.6, 6.4, sharex=True)
     for axis, (metric, name, ideal, meaning) in zip(axes, (
             ("centroid_distance", "distance of the centroids", 0, "no gap"),
             ("linear_separability", "linear separability", 0.5, "no gap"),
-            ("uniformity_image", "uniformity (texts dashed)", uniform_optimum(runs[0].cfg.dim), "uniform on the sphere"),
+            ("uniformity_image", "uniformity (texts dashed)", uniform_optimum(runs[0].cfg.dim), "uniform"),
             ("alignment", "alignment, mean |x - y|$^2$", 0, "pairs coincide"))):
-        for run, colour in zip(runs, LINES):
+        for run, colour in zip(runs, itertools.cycle(LINES)):
             steps = [record["step"] for record in run.history]
             axis.plot(steps, [record[metric] for record in run.history], "o-", color=colour, ms=3, label=run.cfg.name())
             if metric == "uniformity_image":
@@ -1062,8 +1065,9 @@ def draw_pairs(axis, run, step):
     axis.plot(*zip(*itertools.chain(*zip(x[:100], y[:100], gaps))), color="0.8", linewidth=0.5, zorder=1)
     for points, colour, marker, label in (x, IMAGE, "o", "images"), (y, TEXT, "^", "texts"):
         axis.scatter(*zip(*points), s=9, color=colour, marker=marker, label=label, linewidths=0)
-    names = {"xlabel": "along the gap, mean over training", "ylabel": "along the gap at the start"} if flat else {"zlim": (-1, 1)}
-    axis.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal", **names)
+    labels = {"xlabel": "along the gap, mean over training", "ylabel": "along the gap at the start"}
+    axis.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal",
+             **(labels if flat else {"zlim": (-1, 1)}))
     distance = (frames[step][1] - frames[step][0]).mean(0).norm()
     axis.set_title(f"{run.cfg.name()}, step {step}: centroids {distance:.2f} apart", fontsize=10)
     axis.legend(loc="lower right", fontsize=8)
@@ -1071,7 +1075,7 @@ def draw_pairs(axis, run, step):
 
 def plot_embeddings(runs, path):
     """Images and texts before and after training, a row for each run."""
-    figure, axes = canvas(len(runs), 2, "Matched pairs, seen along the gap, before and after training", 9, 4.5 * len(runs),
+    figure, axes = canvas(len(runs), 2, "Matched pairs, before and after training", 9, 4.5 * len(runs),
                           subplot_kw={"projection": "3d" if runs[0].cfg.dim == 3 else None})
     for axis, (run, end) in zip(axes, itertools.product(runs, (min, max))):
         draw_pairs(axis, run, end(run.saved["frames"]))
@@ -1095,14 +1099,16 @@ def animate(runs, path):
         figure.canvas.draw()
         size = figure.canvas.get_width_height()
         pictures.append(Image.frombytes("RGBA", size, bytes(figure.canvas.buffer_rgba())).convert("RGB"))
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[160] * (len(pictures) - 1) + [2000], loop=0)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], loop=0,
+                     duration=[160] * (len(pictures) - 1) + [2000])
 
 
 def plot_spectrum(runs, path):
     """Cumulative explained variance after training: how many dimensions images and texts use."""
     figure, (axis,) = canvas(1, 1, "The nearer to the dotted line, the more evenly the dimensions are used", 6.4, 4.4)
-    for run, colour in zip(runs, LINES):
-        for z, style, name in zip(run.saved["frames"][max(run.saved["frames"])].float(), ("-", "--"), ("images", "texts")):
+    for run, colour in zip(runs, itertools.cycle(LINES)):
+        frames = run.saved["frames"]
+        for z, style, name in zip(frames[max(frames)].float(), ("-", "--"), ("images", "texts")):
             variance = torch.linalg.eigvalsh(torch.cov(z.T)).flip(0).cumsum(0)
             axis.plot(range(1, len(variance) + 1), variance / variance[-1], style, color=colour,
                       label=f"{run.cfg.name()}, {name}")
@@ -1161,71 +1167,76 @@ class Claim:
 
 
 CLIP, CUA, CUAXU = {}, {"unif": 1.0, "align": 1.0}, {"unif": 1.0, "align": 1.0, "xunif": 1.0}
-SHORT, FROM_ZERO = {"steps": 600}, {"init_gap": "remove"}
-LEARNED, TUNED = {"temperature": 0.07, "learn_temperature": True}, {"steps": 500, "lr": 3e-4, "single": 0.0, "limit": 8000}
-GEOMETRY = ("linear_separability", "centroid_distance", "uniformity_image", "matched_cosine", "alignment", "i2t_r1")
+BOTH, ALL = {"CLIP": CLIP, "CUA": CUA}, {"CLIP": CLIP, "CUA": CUA, "CUAXU": CUAXU}
+SHORT, FROM_ZERO = {"steps": 600}, {"init_gap": "remove", "steps": 1000}
+LEARNED = {"temperature": 0.07, "learn_temperature": True}
+TUNED = {"steps": 500, "lr": 3e-4, "single": 0.0, "limit": 8000, "init": "pretrained"}
+SEPARABILITY, CENTROIDS, UNIFORMITY = "linear_separability", "centroid_distance", "uniformity_image"
 CLAIMS = {
     "losses": Claim(
         "CUA and CUAXU close the gap and spread the embeddings; arithmetic improves; retrieval is about kept",
         "d = 128, CLIP / CUA / CUAXU: separability 1.000 / .729 / .826, centroids .661 / .082 / .127, uniformity "
         "-1.91 / -3.65 / -3.75, alignment .866 / .544 / .727, I2T R@1 .275 / .258 / .266, SIMAT .356 / .425 / .417",
-        {"CLIP": CLIP, "CUA": CUA, "CUAXU": CUAXU},
+        ALL,
         [(metric, "CLIP", loss, factor) for loss in ("CUA", "CUAXU")
-         for metric, factor in (("linear_separability", 1), ("centroid_distance", 3), ("uniformity_image", 1))]
+         for metric, factor in ((SEPARABILITY, 1), (CENTROIDS, 3), (UNIFORMITY, 1))]
         + [("arithmetic", "CUA", "CLIP", 1), ("arithmetic", "CUAXU", "CLIP", 1), ("arithmetic", "CUA", "CLIP", 2),
            ("i2t_r1", "CUA", "CLIP", 0.97), ("i2t_r1", "CUAXU", "CLIP", 0.97), ("zero_shot", "CUA", "CLIP", 1)],
-        ("linear_separability", "centroid_distance", "uniformity_image", "alignment", "i2t_r1", "t2i_r1", "zero_shot",
+        (SEPARABILITY, CENTROIDS, UNIFORMITY, "alignment", "i2t_r1", "t2i_r1", "zero_shot",
          "arithmetic")),
     "same-modality": Claim(
         "the loss creates a gap even with the same images in both encoders, no gap at the start and a training loss "
         "near 0; CUA does not", "separability near 1 after training to convergence (E1 of their experiments)",
-        {name: {**FROM_ZERO, "same_modality": True, "steps": 1000, **loss} for name, loss in (("CLIP", CLIP), ("CUA", CUA))},
-        [("linear_separability", "CLIP", "CLIP, at the start", 1), ("centroid_distance", "CLIP", "CLIP, at the start", 1),
-         ("linear_separability", "CLIP", "CUA", 1), ("centroid_distance", "CLIP", "CUA", 3)],
-        ("linear_separability", "centroid_distance", "uniformity_image", "alignment", "i2t_r1", "clip")),
+        {name: {**FROM_ZERO, "same_modality": True, **loss} for name, loss in BOTH.items()},
+        [(SEPARABILITY, "CLIP", "CLIP, at the start", 1), (CENTROIDS, "CLIP", "CLIP, at the start", 1),
+         (SEPARABILITY, "CLIP", "CUA", 1), (CENTROIDS, "CLIP", "CUA", 3)],
+        (SEPARABILITY, CENTROIDS, UNIFORMITY, "alignment", "i2t_r1", "clip")),
     "image-text-from-zero": Claim(
         "the same from images and texts whose initial gap was removed: it is not the cone effect", "no figure",
-        {name: {**FROM_ZERO, "steps": 1000, **loss} for name, loss in (("CLIP", CLIP), ("CUA", CUA))},
-        [("linear_separability", "CLIP", "CLIP, at the start", 1), ("linear_separability", "CLIP", "CUA", 1),
-         ("centroid_distance", "CLIP", "CUA", 1), ("uniformity_image", "CLIP", "CUA", 1)]),
+        {name: {**FROM_ZERO, **loss} for name, loss in BOTH.items()},
+        [(SEPARABILITY, "CLIP", "CLIP, at the start", 1), (SEPARABILITY, "CLIP", "CUA", 1),
+         (CENTROIDS, "CLIP", "CUA", 1), (UNIFORMITY, "CLIP", "CUA", 1)]),
     "dimension": Claim(
         "the gap closes by itself in very low dimension and is there in high dimension",
         "separability with CLIP: .50 at d = 3 and 16 (one seed), .782 at 32, .999 at 64, 1.000 at 128; "
         "with CUA: .589 at 32, .648 at 64, .729 at 128",
-        {f"{name}, d = {d}": {**SHORT, "dim": d, **loss} for d in (3, 8, 32, 128)
-         for name, loss in (("CLIP", CLIP), ("CUA", CUA))},
-        [("linear_separability", "CLIP, d = 128", "CLIP, d = 3", 1), ("linear_separability", "CLIP, d = 32", "CLIP, d = 8", 1),
-         ("linear_separability", "CLIP, d = 128", "CUA, d = 128", 1), ("uniformity_image", "CLIP, d = 3", "CUA, d = 3", 1)]),
+        {f"{name}, d = {d}": {**SHORT, "dim": d, **loss} for d in (3, 8, 32, 128) for name, loss in BOTH.items()},
+        [(SEPARABILITY, "CLIP, d = 128", "CLIP, d = 3", 1), (SEPARABILITY, "CLIP, d = 32", "CLIP, d = 8", 1),
+         (SEPARABILITY, "CLIP, d = 128", "CUA, d = 128", 1), (UNIFORMITY, "CLIP, d = 3", "CUA, d = 3", 1)]),
     "batch-size": Claim(
         "small batches make it worse", "no figure",
-        {"B = 16, same samples": {"batch": 16, "steps": 2400}, "B = 64": SHORT, "B = 256, same samples": {"batch": 256, "steps": 150},
+        {"B = 16, same samples": {"batch": 16, "steps": 2400}, "B = 64": SHORT,
+         "B = 256, same samples": {"batch": 256, "steps": 150},
          "B = 16, same steps": {**SHORT, "batch": 16}, "B = 256, same steps": {**SHORT, "batch": 256}},
         [(metric, f"B = 16, {same}", f"B = 256, {same}", 1) for same in ("same samples", "same steps")
-         for metric in ("centroid_distance", "uniformity_image")]),
+         for metric in (CENTROIDS, UNIFORMITY)]),
     "terms": Claim(
         "uniformity spreads, alignment pulls pairs together, and it takes both", "no figure",
         {"CLIP": SHORT, "unif alone": {**SHORT, "unif": 1.0}, "align alone": {**SHORT, "align": 1.0},
          "xunif alone": {**SHORT, "xunif": 1.0}, "CUA": {**SHORT, **CUA}},
-        [("uniformity_image", "CLIP", "unif alone", 1), ("alignment", "CLIP", "align alone", 1),
-         ("linear_separability", "unif alone", "CUA", 1), ("linear_separability", "align alone", "CUA", 1),
-         ("centroid_distance", "xunif alone", "CLIP", 1)], GEOMETRY),
+        [(UNIFORMITY, "CLIP", "unif alone", 1), ("alignment", "CLIP", "align alone", 1),
+         (SEPARABILITY, "unif alone", "CUA", 1), (SEPARABILITY, "align alone", "CUA", 1),
+         (CENTROIDS, "xunif alone", "CLIP", 1)],
+        (SEPARABILITY, CENTROIDS, UNIFORMITY, "matched_cosine", "alignment", "i2t_r1")),
     "temperature": Claim(
-        "(beyond the paper) a part of the gap belongs to the frozen T = 0.01", "no figure; T is 0.01 in their final runs",
+        "(beyond the paper) a part of the gap belongs to the frozen T = 0.01",
+        "no figure; T is 0.01 in their final runs",
         {f"{name}, {label}": {**SHORT, **loss, **settings} for label, settings in (
-            ("T = 0.01", {}), ("T = 0.03", {"temperature": 0.03}), ("T = 0.07", {"temperature": 0.07}), ("T learned", LEARNED))
-         for name, loss in (("CLIP", CLIP), ("CUA", CUA))},
-        [("linear_separability", "CLIP, T = 0.01", f"CLIP, {label}", 1) for label in ("T = 0.03", "T = 0.07", "T learned")]
-        + [("uniformity_image", "CLIP, T = 0.01", "CLIP, T = 0.07", 1)],
-        ("linear_separability", "centroid_distance", "uniformity_image", "alignment", "i2t_r1", "temperature")),
+            ("T = 0.01", {}), ("T = 0.03", {"temperature": 0.03}), ("T = 0.07", {"temperature": 0.07}),
+            ("T learned", LEARNED)) for name, loss in BOTH.items()},
+        [(SEPARABILITY, "CLIP, T = 0.01", f"CLIP, {label}", 1) for label in ("T = 0.03", "T = 0.07", "T learned")]
+        + [(UNIFORMITY, "CLIP, T = 0.01", "CLIP, T = 0.07", 1)],
+        (SEPARABILITY, CENTROIDS, UNIFORMITY, "alignment", "i2t_r1", "temperature")),
     "zero-shot": Claim(
         "the closed gap classifies better, in the authors' protocol: pretrain with a learned T, then fine-tune at 0.01",
-        "d = 128, CLIP / CUA / CUAXU: ImageNet .133 / .138 / .148, CIFAR-100 .318 / .335 / .345, Caltech .417 / .483 / .486",
+        "d = 128, CLIP / CUA / CUAXU: ImageNet .133 / .138 / .148, CIFAR-100 .318 / .335 / .345, "
+        "Caltech .417 / .483 / .486",
         {"pretrained": {**LEARNED, "steps": 900, "single": 0.5},
-         **{f"{name}, projections {kind}": {**TUNED, **loss, "init": "pretrained", "fresh_projection": kind == "fresh"}
-            for kind in ("kept", "fresh") for name, loss in (("CLIP", CLIP), ("CUA", CUA), ("CUAXU", CUAXU))}},
+         **{f"{name}, projections {kind}": {**TUNED, **loss, "fresh_projection": kind == "fresh"}
+            for kind in ("kept", "fresh") for name, loss in ALL.items()}},
         [(metric, f"{loss}, projections {kind}", f"CLIP, projections {kind}", 1) for kind in ("kept", "fresh")
          for metric in ("zero_shot", "zero_shot_unseen") for loss in ("CUA", "CUAXU")],
-        ("linear_separability", "centroid_distance", "uniformity_image", "i2t_r1", "zero_shot", "zero_shot_unseen", "arithmetic")),
+        (SEPARABILITY, CENTROIDS, UNIFORMITY, "i2t_r1", "zero_shot", "zero_shot_unseen", "arithmetic")),
 }
 
 
@@ -1255,13 +1266,15 @@ def reproduce(names, seeds, folder="figures"):
     """Run the claims of these names (all, if empty) with so many seeds, and write into the folder: results.json, a
     picture for each claim, and the animation; then the tables of the README.md beside the folder, if there is one.
     Runs that are there already are not run again."""
-    unknown = set(names) - set(CLAIMS)
-    if unknown or seeds < 1:
-        raise Problem(f"--reproduce knows {', '.join(CLAIMS)}, not {', '.join(unknown)}" if unknown else "--seeds must be above 0")
+    if unknown := set(names) - set(CLAIMS):
+        raise Problem(f"--reproduce knows {', '.join(CLAIMS)}, not {', '.join(unknown)}")
+    if seeds < 1:
+        raise Problem("--seeds must be above 0")
     runs = {(name, seed): claim_configs(CLAIMS[name], seed) for name in names or CLAIMS for seed in range(seeds)}
     jobs = {cfg.out: cfg for configs in runs.values() for cfg in configs.values()}
     workers = os.cpu_count() or 1  # a thread each: the work of many short runs, not of one, is what is shared out
-    with (tqdm(total=sum(cfg.steps * cfg.batch for cfg in jobs.values()), unit="pair", unit_scale=True, smoothing=0) as bar,
+    pairs = sum(cfg.steps * cfg.batch for cfg in jobs.values())
+    with (tqdm(total=pairs, unit="pair", unit_scale=True, smoothing=0) as bar,
           ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool):
         for stage in (False, True):  # those that start from another run come after it
             futures = {pool.submit(run_once, cfg, 1): cfg for cfg in jobs.values() if bool(cfg.init) == stage}
@@ -1285,8 +1298,8 @@ def reproduce(names, seeds, folder="figures"):
     if readme.exists():  # its tables stand between two marks
         text = readme.read_text()
         for name, result in results.items():
-            text = re.sub(rf"(<!-- {name} -->\n).*?(?=<!-- end -->)", lambda match: match[1] + claim_table(name, result),
-                          text, flags=re.DOTALL)
+            table = claim_table(name, result)
+            text = re.sub(rf"(<!-- {name} -->\n).*?(?=<!-- end -->)", lambda match: match[1] + table, text, flags=re.S)
         readme.write_text(text)
     if "losses" in (names or CLAIMS):
         plot([runs["losses", 0][label].out for label in ("CLIP", "CUA")], out)
@@ -1323,7 +1336,7 @@ def claim_table(name, result):
 
 
 def plot_claim(name, result, path):
-    """A claim's runs side by side: a panel for each of the first four metrics, a dot for each seed, a bar at the mean."""
+    """A claim's runs side by side: a panel for each metric, a dot for each seed, a bar at the mean."""
     labels, metrics = list(result["runs"]), CLAIMS[name].shown
     figure, axes = canvas(1, len(metrics), textwrap.fill(CLAIMS[name].text, 110), 2.4 * len(metrics) + 1,
                           1.6 + 0.34 * len(labels), sharey=True)
@@ -1345,8 +1358,8 @@ def plot_claim(name, result, path):
 def report(run):
     """Print what a run has changed: each metric at the start and at the end, beside what to compare it with."""
     first, last = run.history[0], run.history[-1]
-    print(f"\n{run.cfg.name()}, {last['step']} steps, seed {run.cfg.seed}, {last['seconds']:.0f} s, loss {last['loss']:.3f}\n"
-          f"{'':22}{'start':>10}{'end':>10}{'ideal':>10}   no gap, or chance")
+    print(f"\n{run.cfg.name()}, {last['step']} steps, seed {run.cfg.seed}, {last['seconds']:.0f} s, "
+          f"loss {last['loss']:.3f}\n{'':22}{'start':>10}{'end':>10}{'ideal':>10}   no gap, or chance")
     for name, (ideal, floor) in references(run.cfg.dim, last["alignment"], *run.saved["chance"]).items():
         if name in last:
             print(f"{name:22}{first[name]:10.3f}{last[name]:10.3f}{ideal:>10}   {floor}")
@@ -1366,40 +1379,44 @@ def parse(argv=None):
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
-    parser.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this folder, with its own settings")
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with the run in this folder, as it was set")
     parser.add_argument("--plot", metavar="RUN", nargs="+", help="redraw a run, or lay several over each other")
-    parser.add_argument("--reproduce", metavar="CLAIM", nargs="*", help=f"test claims of the paper (all, or: {', '.join(CLAIMS)})")
+    parser.add_argument("--reproduce", metavar="CLAIM", nargs="*",
+                        help=f"test claims of the paper: all, or {', '.join(CLAIMS)}")
     parser.add_argument("--seeds", type=int, default=3, help="with --reproduce: so many runs of each kind")
     return vars(parser.parse_args(argv))
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
-    chief = os.environ.get("RANK", "0") == "0"
+    chief, go_on = os.environ.get("RANK", "0") == "0", "the same command goes on"
     try:
         flags = parse(argv)
         resume, runs, claims, seeds = (flags.pop(name) for name in ("resume", "plot", "reproduce", "seeds"))
         if claims is not None:
             reproduce(claims, seeds, flags["out"] or "figures")
-            return 0
-        if runs:
+        elif runs:
             print(*plot(runs, flags["out"] or (runs[0] if len(runs) == 1 else "runs/plot")), sep="\n")
-            return 0
-        cfg = replace(load_run(resume).cfg, out=str(resume)) if resume else Config(**flags)
-        cfg.out = cfg.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.name()}"
-        if resume and load_run(resume).saved["step"] == cfg.steps:
-            print(f"{resume} is finished; its figures are drawn again")
-        stopped = None
-        try:
-            train(cfg, resume=bool(resume))
-        except Interrupted as signal_:
-            stopped = signal_
+        else:
+            cfg = replace(load_run(resume).cfg, out=str(resume)) if resume else Config(**flags)
+            cfg.out = cfg.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.name()}"
+            if resume and load_run(resume).saved["step"] == cfg.steps:
+                print(f"{resume} is finished; its figures are drawn again")
+            go_on = f"go on with: python cgap.py --resume {cfg.out}"
+            stopped = None
+            try:
+                train(cfg, resume=bool(resume))
+            except Interrupted as stop:
+                stopped = stop
+            if chief:
+                report(load_run(cfg.out))
+                print(*plot([cfg.out], cfg.out), Path(cfg.out) / "metrics.jsonl", sep="\n")
+            if stopped:
+                raise stopped
+    except (Interrupted, KeyboardInterrupt) as stop:
         if chief:
-            report(load_run(cfg.out))
-            print(*plot([cfg.out], cfg.out), Path(cfg.out) / "metrics.jsonl", Path(cfg.out) / "checkpoint.pt", sep="\n")
-        if stopped:
-            print(f"interrupted; go on with: python cgap.py --resume {cfg.out}", file=sys.stderr)
-            return 128 + stopped.number
+            print(f"interrupted; {go_on}", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
     except (Problem, OSError) as error:
         print("cgap.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
