@@ -1410,7 +1410,8 @@ def main(argv=None):
                 stopped = stop
             if chief:
                 report(load_run(cfg.out))
-                print(*plot([cfg.out], cfg.out), Path(cfg.out) / "metrics.jsonl", sep="\n")
+                print(*plot([cfg.out], cfg.out), *(Path(cfg.out) / name for name in ("metrics.jsonl", "checkpoint.pt")),
+                      sep="\n")
             if stopped:
                 raise stopped
     except (Interrupted, KeyboardInterrupt) as stop:
