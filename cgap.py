@@ -1316,6 +1316,12 @@ def spread(values):
     return f"{values.mean():.3f} ± {values.std():.3f}" if len(values) > 1 else f"{values.mean():.3f}"
 
 
+def check_holds(result, metric, more, less, factor):
+    """Whether a check of a Claim holds (never with one seed, which has no spread), and the differences by seed."""
+    difference = claim_values(result, more, metric) - factor * claim_values(result, less, metric)
+    return len(difference) > 1 and bool(difference.mean() > difference.std()), difference
+
+
 def claim_table(name, result):
     """The claim, what was published and what was measured, in Markdown."""
     claim = CLAIMS[name]
@@ -1328,18 +1334,18 @@ def claim_table(name, result):
                                                   for metric in claim.shown) + " |")
     lines.append("")
     for metric, more, less, factor in claim.checks:
-        difference = claim_values(result, more, metric) - factor * claim_values(result, less, metric)
-        verdict = "holds" if len(difference) > 1 and difference.mean() > difference.std() else "**does not hold**"
-        times = f"{factor:g} x " if factor != 1 else ""
+        holds, difference = check_holds(result, metric, more, less, factor)
+        verdict, times = "holds" if holds else "**does not hold**", f"{factor:g} x " if factor != 1 else ""
         lines.append(f"- {metric.replace('_', ' ')}, {more} > {times}{less}: {verdict} ({spread(difference)})")
     return "\n".join(lines) + f"\n\n{result['seeds']} seeds, {result['machine']}: `python cgap.py --reproduce {name}`\n"
 
 
 def plot_claim(name, result, path):
     """A claim's runs side by side: a panel for each metric, a dot for each seed, a bar at the mean."""
-    labels, metrics = list(result["runs"]), CLAIMS[name].shown
-    figure, axes = canvas(1, len(metrics), textwrap.fill(CLAIMS[name].text, 110), 2.4 * len(metrics) + 1,
-                          1.6 + 0.34 * len(labels), sharey=True)
+    claim, labels = CLAIMS[name], list(result["runs"])
+    holds, metrics = [check_holds(result, *check)[0] for check in claim.checks], claim.shown
+    title = textwrap.fill(f"Claim: {claim.text}. {sum(holds)} of {len(holds)} checks hold", 110)
+    figure, axes = canvas(1, len(metrics), title, 2.4 * len(metrics) + 1, 1.6 + 0.34 * len(labels), sharey=True)
     for axis, metric in zip(axes, metrics):
         for row, label in enumerate(labels):
             if metric in result["runs"][label][0]["end"]:
@@ -1348,6 +1354,7 @@ def plot_claim(name, result, path):
                 axis.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color=TEXT, linewidth=2)
         axis.set(xlabel=metric.replace("_", " "), yticks=range(len(labels)), yticklabels=labels)
         axis.grid(axis="y", color="0.9")
+        axis.locator_params(axis="x", nbins=4)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
 
