@@ -963,6 +963,7 @@ def train(cfg, resume=False, quiet=False):
     mine = slice(hw.rank * share, (hw.rank + 1) * share)
     try:
         for step, (i, dice) in zip(range(start, cfg.steps + 1), batches(len(data.train), cfg.batch, cfg.seed, start)):
+            # In this order: the loss of the weights as they are, measure them, keep them, and make the step.
             last, stop = step == cfg.steps, any_process(signals, hw)
             tick = time.perf_counter()
             images, texts = (z.to(hw.device, non_blocking=True) for z in data.train.pairs(i[mine], dice[mine]))
@@ -989,9 +990,9 @@ def train(cfg, resume=False, quiet=False):
             if last or stop:
                 break
             tick = time.perf_counter()
-            done = step / cfg.steps
-            for group in optimizer.param_groups:  # warm-up and cosine are a function of the step: nothing to restore
-                group["lr"] = cfg.lr * min(10 * (done + 1 / cfg.steps), 0.5 + 0.5 * math.cos(math.pi * done))
+            warm_up, cosine = (step + 1) / (0.1 * cfg.steps), 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
+            for group in optimizer.param_groups:  # a function of the step: no schedule to save and restore
+                group["lr"] = cfg.lr * min(warm_up, cosine)
             optimizer.zero_grad()
             hw.scaler.scale(loss).backward()
             hw.scaler.unscale_(optimizer)
