@@ -652,7 +652,7 @@ def recall(x, y, group):
 
 def evaluate(model, data, cfg, hw):
     """Everything that is measured, as a flat dict of floats: the loss and its terms (on up to four batches of the
-    training data, the same each time), the gap and retrieval on the validation pairs, and the tasks that the data have."""
+    training data, the same each time), the gap and retrieval on the validation pairs, and the data's tasks."""
     def images(x):
         return F.normalize(encode(model.image, x, hw), dim=1)
 
