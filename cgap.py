@@ -15,7 +15,7 @@ Each of the first two takes about a minute on two CPU cores, ends with a table o
 figures to runs/. `python cgap.py --help` lists every setting.
 
 Read on from here: the loss, how a gap is measured, two small encoders, the data, the tasks that a shared space
-is for, the training loop, the figures, the command line. From Python:
+is for, the training loop, the figures, the claims of the paper, the command line. From Python:
 
     from cgap import Config, train, gap_metrics
     history = train(Config(unif=1, align=1, steps=300, out="runs/mine"))
