@@ -306,6 +306,7 @@ def test_removing_the_initial_gap_moves_the_second_cloud_onto_the_first(same):
     assert torch.linalg.eigvalsh(cross).min() > -1e-4
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a PyTorch without CUDA has no fake of it either")
 def test_nothing_is_made_on_another_device():
     model = encoders()
     with FakeTensorMode():  # CUDA tensors without data, on any computer
