@@ -18,7 +18,7 @@ Read on from here: the loss, how a gap is measured, two small encoders, the data
 is for, the training loop, the figures, the claims of the paper, the command line. From Python:
 
     from cgap import Config, train, gap_metrics
-    history = train(Config(unif=1, align=1, steps=300, out="runs/mine"))
+    history = train(Config(unif=1, align=1, steps=300))                # a run in runs/, and its metrics over time
     print(history[0]["linear_separability"], history[-1]["linear_separability"])
 """
 
@@ -46,7 +46,7 @@ from pathlib import Path
 __version__ = "1.0"
 
 # ============================================================================================================
-# 1. The loss. Self-contained: copy everything from this rule to the next into your own project.
+# 1. The loss. Self-contained: copy all of it, down to section 2, into your own project.
 #
 # x_i and y_i are the embeddings of picture i and of its caption, unit vectors, N pairs in a batch.
 #     CLIP   asks that x_i be more similar to its own y_i than to any other y_j, and the other way round;
@@ -57,7 +57,7 @@ __version__ = "1.0"
 # Why does CLIP leave a gap? Its softmax sees cosines divided by the temperature T, here 0.01: a caption that leads
 # the others by a cosine of 0.05 has won by a factor of e^5. So small differences in a small region are enough for a
 # loss near 0, and nothing in it cares where the two regions lie. The other terms do. (Why a gap even opens where there
-# was none, as it does with --init-gap remove, is still argued about: see the README's last pages.)
+# was none, as it does with --init-gap remove, is still argued about: the README, "Before and after this paper".)
 # ============================================================================================================
 import math
 
@@ -69,23 +69,32 @@ from torch.utils.checkpoint import checkpoint
 def gap_terms(x, y, T=0.01, t=2.0, block=None):
     """The terms of the loss, each a scalar tensor, from unit vectors x and y of shape (N, D).
 
-    Returns a dict with `clip` (>= 0; log N for a model that knows nothing), `align` (0 to 4), `unif_x`, `unif_y`
-    and `xunif` (-4t to 0, lower is more spread). On unit vectors |a - b|^2 = 2 - 2 a.b, so all of them follow from
-    three N x N cosine matrices. With `block`, only so many rows of those exist at a time (and are recomputed
-    for the gradient): memory grows with N instead of N^2. Source: the paper's CUAXU loss; uniformity and
-    alignment are due to Wang & Isola, arXiv 2005.10242.
+    Returns a dict with `clip` (>= 0; log N if all cosines are equal, far more for an untrained model), `align` (0 to
+    4), `unif_x`, `unif_y` and `xunif` (-4t to 0, lower is more spread). On unit vectors |a - b|^2 = 2 - 2 a.b, so all
+    of them follow from three N x N cosine matrices. With `block`, only so many rows of those exist at a time (and are
+    recomputed for the gradient): memory is that of `block` x N elements instead of N x N. Source: the paper's CUAXU
+    loss; uniformity and alignment are due to Wang & Isola, arXiv 2005.10242.
     """
     N = len(x)
 
-    def others(cos, i):  # log sum exp(-t |a - b|^2) over all but the matched pairs; cos: rows i, i+1, ... of a b^T
-        own = torch.arange(i, i + len(cos), device=cos.device)[:, None] == torch.arange(N, device=cos.device)
-        return (2 * t * cos - 2 * t).masked_fill(own, -math.inf).logsumexp((0, 1))
+    def log_sum_exp(logits, dim):
+        top = logits.detach().amax(dim, keepdim=True)                 # cancels out: it needs no gradient
+        below = logits - top
+        with torch.no_grad():  # e^-50 is as good as 0; e^-90 is a denormal number, with which a CPU is very slow
+            below.clamp_(min=-50)
+        return below.exp_().sum(dim).log() + top.squeeze(dim)
+
+    def others(cos, i):  # sum of exp(-t |a - b|^2) over all but the matched pairs; cos: rows i, i+1, ... of a b^T
+        exponents = 2 * t * cos - 2 * t
+        with torch.no_grad():  # exp(-inf) is 0, and so is its gradient
+            exponents.diagonal(i).fill_(-math.inf)
+        return exponents.exp_().sum()
 
     def rows(x, y, i):
         xi, yi = x[i:i + (block or N)], y[i:i + (block or N)]
         xy = xi @ y.T                                                 # (rows, N) cosines
         logits = xy / T
-        return (logits.logsumexp(1), logits.logsumexp(0), xy.diagonal(i),
+        return (log_sum_exp(logits, 1), log_sum_exp(logits, 0), xy.diagonal(i).clone(),  # a view would keep all of xy
                 others(xi @ x.T, i), others(yi @ y.T, i), others(xy, i))
 
     if block is None or block >= N:
@@ -95,7 +104,7 @@ def gap_terms(x, y, T=0.01, t=2.0, block=None):
     over_texts, over_images, own, xx, yy, xy = zip(*parts)
     over_texts, own = torch.cat(over_texts), torch.cat(own)           # (N,) each
     over_images = torch.stack(over_images).logsumexp(0)               # sums over rows join as logs of sums
-    xx, yy, xy = (torch.stack(part).logsumexp(0) - math.log(N * (N - 1)) for part in (xx, yy, xy))
+    xx, yy, xy = ((torch.stack(part).sum() / (N * (N - 1))).log() for part in (xx, yy, xy))
     return {
         "clip": ((over_texts + over_images) / 2 - own / T).mean(),    # 1/2 [CE(x y^T / T) + CE(y x^T / T)]
         "align": (2 - 2 * own).mean(),                                # mean_i |x_i - y_i|^2
@@ -112,7 +121,8 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, block=None
     number or, to learn it, a scalar tensor. Returns the total (a scalar to minimise; it may well be negative, as
     uniformity is) and a dict of its un-weighted terms `clip`, `align`, `unif`, `xunif`. Computed in float32 at
     least, under autocast too. `block`: rows at a time, see gap_terms: for N whose N x N matrices do not fit. Under
-    data parallelism x and y must be those of all processes: the log of a mean is not the mean of the logs.
+    data parallelism x and y must be those of all processes (Gather, below, brings them with their gradients): the
+    log of a mean is not the mean of the logs.
     Raises ValueError for shapes that differ, fewer than two pairs, and tensors that are not floating point.
     Source: the paper's L_CUA and L_CUAXU, whose weights are 1 and whose temperature is 0.01.
     """
@@ -169,13 +179,13 @@ def gap_metrics(x, y):
     uniformity_image, uniformity_text, cross_uniformity   the loss's terms, over all N: -8 to 0
     effective_rank_image, effective_rank_text             1 to D: exp of the entropy of the shares of variance on
                          the principal axes (after Roy & Vetterli 2007): how many dimensions are in use
-    Embeddings are normalised first. Raises ValueError as cgap_loss does, and for fewer than 5 pairs. Draws from
-    no random stream but its own. Source of the first two: the paper and the authors' code.
+    Embeddings are normalised first. Raises ValueError as cgap_loss does, for fewer than 5 pairs, and for values that
+    are not finite. Leaves the global random state alone. Source of the first two: the paper and the authors' code.
     """
     if x.shape != y.shape or x.ndim != 2 or len(x) < 5:
         raise ValueError(f"x and y must share a shape (N, D), N at least 5, not {tuple(x.shape)} and {tuple(y.shape)}")
-    if not (x.is_floating_point() and y.is_floating_point()):
-        raise ValueError(f"x and y must be floating point, not {x.dtype} and {y.dtype}")
+    if not (x.is_floating_point() and y.is_floating_point() and torch.isfinite(x).all() and torch.isfinite(y).all()):
+        raise ValueError(f"x and y must be finite and floating point; they are {x.dtype} and {y.dtype}")
     x, y = (F.normalize(z.detach().cpu().double(), dim=1) for z in (x, y))     # on the CPU: MPS has no float64
     N = len(x)
     terms = gap_terms(x.float(), y.float(), block=2048)
@@ -204,8 +214,9 @@ def gap_metrics(x, y):
 
 
 def uniform_optimum(d, t=2.0):
-    """Uniformity of the uniform distribution on the sphere in d dimensions, the least that `unif` can reach:
-    -2t + log 0F1(; d/2; t^2) (for t = 2: -2.080 at d = 3, -3.938 at d = 128)."""
+    """Uniformity of the uniform distribution on the sphere in d dimensions, the least that `unif` can reach with many
+    points: -2t + log 0F1(; d/2; t^2) (for t = 2: -2.080 at d = 3, -3.938 at d = 128). A few can do better: N points
+    equally far from each other, which takes d >= N - 1, have -2t N / (N - 1)."""
     term = total = 1.0
     for k in range(1, 60):
         term *= t * t / ((d / 2 + k - 1) * k)
@@ -216,6 +227,8 @@ def uniform_optimum(d, t=2.0):
 # ============================================================================================================
 # 3. Two small encoders. Neither looks at the rest of its batch (GroupNorm and LayerNorm, no BatchNorm), so an
 # embedding is a function of its picture or caption alone, and the only place where samples meet is the loss.
+# From here on cfg is a Config, all settings of a run, and hw a Hardware, its device and precision. Both, and `save`,
+# are in section 6.
 # ============================================================================================================
 import torch.distributed as dist
 from torch import nn
@@ -293,15 +306,16 @@ def encode(encoder, inputs, hw, size=256):
 
 def remove_initial_gap(model, images, texts, hw):
     """Fit the projection of the second encoder, in place, so that its cloud lies on the first one's: the centroid and
-    the spread become equal, and the rotation R minimises |(y - mean y) R - (x - mean x)| (orthogonal Procrustes), as
-    in the paper's idealised start. images, texts: the pairs to do it on. Without the scale, which the paper does
-    not mention, the centroids would part again when the embeddings are normalised."""
+    the spread become equal, and the orthogonal R minimises |(y - mean y) R - (x - mean x)| (Procrustes), as in the
+    paper's idealised start. images, texts: the pairs to do it on. Embeddings are normalised afterwards, and a wider
+    cloud around the same centroid then has a shorter mean: hence the scale, which the paper does not mention."""
     x, y = (encode(*z, hw).double().cpu() for z in ((model.image, images), (model.text, texts)))
     x_mean, y_mean, layer = x.mean(0), y.mean(0), model.text.projection
     u, _, vt = torch.linalg.svd((y - y_mean).T @ (x - x_mean))
-    R = u @ vt * (x - x_mean).norm() / (y - y_mean).norm()            # y = W h + b becomes R^T (y - mean y) + mean x
-    layer.weight.data.copy_(R.T @ layer.weight.data.double().cpu())
-    layer.bias.data.copy_(R.T @ (layer.bias.data.double().cpu() - y_mean) + x_mean)
+    # y = W h + b becomes scale R^T (y - mean y) + mean x
+    R, scale = u @ vt, (x - x_mean).norm() / (y - y_mean).norm()
+    layer.weight.data.copy_(scale * R.T @ layer.weight.data.double().cpu())
+    layer.bias.data.copy_(scale * R.T @ (layer.bias.data.double().cpu() - y_mean) + x_mean)
 
 
 # ============================================================================================================
@@ -322,17 +336,17 @@ class Pairs:
         return len(self.images)
 
     def pairs(self, i, dice=0):
-        """(images, tokens) of the images i (B,), each with its first caption or the one that the dice (B,) choose."""
+        """(images, tokens) of the images i (B,), each with its first caption, or with the one that the dice (B,),
+        random integers, choose."""
         images = self.images[i.to(self.images.device)]
         if self.tokens is None:
             return images, images
         return images, self.tokens[self.first[i] + dice % (self.first[i + 1] - self.first[i])]
 
 
-# The last two are tasks, or None. unseen: (classes,), which never occur in training. correct: (queries, images).
-Data = namedtuple("Data", "train val vocab zero_shot arithmetic")
-ZeroShot = namedtuple("ZeroShot", "images labels prompts unseen")
-Arithmetic = namedtuple("Arithmetic", "images query old new correct")
+Data = namedtuple("Data", "train val vocab zero_shot arithmetic")     # Pairs, Pairs, words, and two tasks or None:
+ZeroShot = namedtuple("ZeroShot", "images labels prompts unseen")     # unseen (classes,): never occur in training
+Arithmetic = namedtuple("Arithmetic", "images query old new correct")  # correct (queries, images): right answers
 
 
 def split_words(text):
@@ -416,7 +430,7 @@ def draw_scenes(scenes, size, g):
     return images
 
 
-def scene_classes(size, vocab, context, g, per_class=10):
+def scene_classes(size, vocab, context, g, per_class=20):
     """The zero-shot task: single objects in all combinations of colour and shape, prompts "a red circle"."""
     classes = torch.cartesian_prod(torch.arange(len(COLOURS)), torch.arange(len(SHAPES)))
     scenes = F.pad(classes, (0, 3))
@@ -441,7 +455,7 @@ def scene_edits(size, vocab, context, g, queries=200):
     source = random_scenes(8 * queries, 0.0, g)
     slot = torch.randint(5, (len(source),), generator=g)
     target = change(source, slot)
-    clear = (source[:, :2] != source[:, 2:4]).all(1)                  # "red" is one object's alone
+    clear = (source[:, :2] != source[:, 2:4]).all(1)                  # a word then names one object, not both
     known = ~unseen(target[:, 0], target[:, 1]) & ~unseen(target[:, 2], target[:, 3])
     source, target, slot = (z[clear & known][:queries] for z in (source, target, slot))
     near = [change(target, torch.full_like(slot, k)) for k in torch.randperm(5, generator=g)[:3]]
@@ -682,7 +696,7 @@ def evaluate(model, data, cfg, hw):
     if data.arithmetic:
         task = data.arithmetic
         pool, query = images(task.images), task.query.to(hw.device)
-        scores = (pool[query] + texts(task.new) - texts(task.old)) @ pool.T     # lambda = 1
+        scores = (pool[query] + texts(task.new) - texts(task.old)) @ pool.T     # the texts weigh 1
         scores[query, query] = -math.inf                              # the query itself is no answer
         record["arithmetic"] = task.correct[query.cpu(), scores.argmax(1).cpu()].float().mean().item()
     return record | {"temperature": model.temperature().item()}
@@ -695,12 +709,15 @@ def snapshot(model, part, hw, n=256):
 
 
 def chance(data):
-    """What chance depends on: the numbers of validation pairs, of zero-shot classes, of images in the pool."""
-    return (len(data.val), len(data.zero_shot.prompts) if data.zero_shot else 1,
+    """What chance depends on: the numbers of validation pairs, of captions (that of as many equally frequent ones with
+    the same chance that two pairs have the same), of zero-shot classes, and of images in the pool."""
+    n = len(data.val)
+    equal = torch.unique(data.val.pairs(torch.arange(n))[1].flatten(1), dim=0, return_counts=True)[1].double()
+    return (n, n * n / equal.square().sum().item(), len(data.zero_shot.prompts) if data.zero_shot else 1,
             len(data.arithmetic.images) if data.arithmetic else 1)
 
 
-def references(d, align, n, classes, pool):
+def references(d, align, n, captions, classes, pool):
     """What to compare a metric with: {name: (its ideal, what it is without a gap or by chance)}, as strings."""
     best = f"{uniform_optimum(d):.3f}"
     return {
@@ -711,7 +728,7 @@ def references(d, align, n, classes, pool):
         "uniformity_image": (best, "0 if all are one point"), "uniformity_text": (best, ""),
         "cross_uniformity": (best, ""),
         "effective_rank_image": (str(d), "1 if on a line"), "effective_rank_text": (str(d), ""),
-        **{f"{way}_r{k}": ("1", f"{k / n:.4f} by chance") for way in ("i2t", "t2i") for k in (1, 5)},
+        **{f"{way}_r{k}": ("1", f"{k / captions:.4f} by chance") for way in ("i2t", "t2i") for k in (1, 5)},
         **{name: ("1", f"{1 / classes:.3f} by chance") for name in ("zero_shot", "zero_shot_unseen")},
         "arithmetic": ("1", f"{1 / pool:.3f} by chance"),
     }
@@ -753,8 +770,8 @@ class Config:
     seed: int = flag(0, "seed of the scenes, the weights and the batches")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps; auto is the first there is of cuda, mps, cpu")
     compile: bool = flag(False, "torch.compile the encoders and the loss")
-    eval_every: int = flag(200, "steps between evaluations")
-    checkpoint_every: int = flag(200, "steps between checkpoints")
+    eval_every: int = flag(250, "steps between evaluations")
+    checkpoint_every: int = flag(250, "steps between checkpoints")
     out: str = flag("", "folder of the run, which must not exist; else runs/<time>-<name>")
 
     def check(self):
@@ -1059,11 +1076,12 @@ def plot_gap(runs, path):
 
 
 def draw_pairs(axis, run, step):
-    """Images, texts and lines between pairs at one step: on the sphere if the space has 3 dimensions, else in the
-    plane of two directions, from centroid to centroid in the mean over training and at the start: a gap shows there."""
+    """Images, texts and lines between pairs at one step: on the sphere if the space has 3 dimensions, else in the plane
+    where this run's gap shows best: across, the direction from the images' centroid to the texts', averaged over
+    training; upward, what that direction at the start has besides."""
     frames = {k: frame.float() for k, frame in run.saved["frames"].items()}
     between = torch.stack([(frame[1] - frame[0]).mean(0) for _, frame in sorted(frames.items())])     # (times, D)
-    between = torch.stack([between[1:].mean(0), between[0]], 1)
+    between = torch.stack([between[min(1, len(between) - 1):].mean(0), between[0]], 1)
     flat = run.cfg.dim != 3
     x, y = (frames[step] @ torch.linalg.qr(between)[0] if flat else frames[step]).tolist()
     axis.clear()
@@ -1248,7 +1266,7 @@ CLAIMS = {
 
 def claim_configs(claim, seed):
     """{label: Config} of a claim's runs. Their folders are named after all that decides their outcome, this file
-    included: equal runs of two claims are one, and a run of another version is not taken for this one's."""
+    included, even its comments: equal runs of two claims are one, and those of an edited file are made anew."""
     configs, code = {}, Path(__file__).read_text()
     for label, settings in claim.runs.items():
         cfg = Config(**{"eval_every": 300, "seed": seed, "device": "cpu", **settings})
@@ -1278,7 +1296,13 @@ def reproduce(names, seeds, folder="figures"):
         raise Problem("--seeds must be above 0")
     runs = {(name, seed): claim_configs(CLAIMS[name], seed) for name in names or CLAIMS for seed in range(seeds)}
     jobs = {cfg.out: cfg for configs in runs.values() for cfg in configs.values()}
-    workers = os.cpu_count() or 1  # a thread each: the work of many short runs, not of one, is what is shared out
+    path, out, results = Path(folder) / "results.json", Path(folder), {}
+    if path.exists():
+        try:
+            results = json.loads(path.read_text())
+        except ValueError:
+            raise Problem(f"{path} is broken: move it away, and all claims are tested anew") from None
+    workers = 1 + (os.cpu_count() or 1)  # of one thread each, and one more than there are cores, so that none idles
     pairs = sum(cfg.steps * cfg.batch for cfg in jobs.values())
     with (tqdm(total=pairs, unit="pair", unit_scale=True, smoothing=0) as bar,
           ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool):
@@ -1287,9 +1311,7 @@ def reproduce(names, seeds, folder="figures"):
             for future in as_completed(futures):
                 future.result()
                 bar.update(futures[future].steps * futures[future].batch)
-    path, out = Path(folder) / "results.json", Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
     for name in names or CLAIMS:
         results[name] = {"seeds": seeds, "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
                          f"{platform.python_version()}, torch {torch.__version__}", "runs": {}}
@@ -1350,8 +1372,12 @@ def plot_claim(name, result, path):
     """A claim's runs side by side: a panel for each metric, a dot for each seed, a bar at the mean."""
     claim, labels = CLAIMS[name], list(result["runs"])
     holds, metrics = [check_holds(result, *check)[0] for check in claim.checks], claim.shown
-    title = textwrap.fill(f"Claim: {claim.text}. {sum(holds)} of {len(holds)} checks hold", 110)
-    figure, axes = canvas(1, len(metrics), title, 2.4 * len(metrics) + 1, 1.6 + 0.34 * len(labels), sharey=True)
+    title = textwrap.fill(f"Claim: {claim.text}. {sum(holds)} of {len(holds)} checks hold", 100)
+    rows = math.ceil(len(metrics) / 4)
+    height = 1 + rows * (0.8 + 0.3 * len(labels))
+    figure, axes = canvas(rows, math.ceil(len(metrics) / rows), title, 10, height, sharey=True)
+    for axis in axes[len(metrics):]:
+        axis.axis("off")
     for axis, metric in zip(axes, metrics):
         for row, label in enumerate(labels):
             if metric in result["runs"][label][0]["end"]:
@@ -1414,7 +1440,10 @@ def main(argv=None):
             run = load_run(resume) if resume else None
             cfg = replace(run.cfg, out=str(resume)) if run else Config(**flags)
             cfg.out = str(cfg.folder())
-            if run and run.saved["step"] == cfg.steps:
+            changed = [f.name for f in fields(Config) if flags[f.name] != f.default]
+            if run and changed:
+                raise Problem(f"--resume goes on as the run was set: leave out --{changed[0].replace('_', '-')}")
+            if run and run.saved["step"] == cfg.steps and chief:
                 print(f"{resume} is finished; its figures are drawn again")
             go_on = f"go on with: python cgap.py --resume {cfg.out}"
             stopped = None

@@ -15,13 +15,17 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that share so little work only wait for each other
 import pytest
@@ -69,15 +73,20 @@ def assert_close(got, expected, tolerance):
 # ============================================================================================================
 # 1. Closed forms and slow independent references
 # ============================================================================================================
-def slow_loss(x, y, T=0.01, unif=0.0, align=0.0, xunif=0.0):
-    """The paper's definitions, by distances between pairs, in float64."""
-    x, y = (z.double() / z.double().norm(dim=1, keepdim=True) for z in (x, y))
-    pair, cross = torch.arange(len(x)), torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    terms = {"clip": (F.cross_entropy(x @ y.T / T, pair) + F.cross_entropy(y @ x.T / T, pair)) / 2,
-             "align": sum((a - b).pow(2).sum() for a, b in zip(x, y)) / len(x),
-             "unif": sum(F.pdist(z).pow(2).mul(-2).exp().mean().log() for z in (x, y)) / 2,
-             "xunif": cross[pair[:, None] != pair].pow(2).mul(-2).exp().mean().log()}
+def paper_loss(x, y, T=0.01, unif=0.0, align=0.0, xunif=0.0):
+    """The paper's definitions as one writes them down, by distances between pairs, in the precision of x and y."""
+    x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    pair, logits, others = torch.arange(len(x)), x @ y.T / T, ~torch.eye(len(x), dtype=torch.bool)
+    terms = {"clip": (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2,
+             "align": (x - y).norm(dim=1).pow(2).mean(),
+             "unif": sum(torch.pdist(z).pow(2).mul(-2).exp().mean().log() for z in (x, y)) / 2,
+             "xunif": torch.cdist(x, y).masked_select(others).pow(2).mul(-2).exp().mean().log()}
     return terms["clip"] + unif * terms["unif"] + align * terms["align"] + xunif * terms["xunif"], terms
+
+
+def slow_loss(x, y, *args, **options):
+    """The same in float64."""
+    return paper_loss(x.double(), y.double(), *args, **options)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-9)])
@@ -150,6 +159,12 @@ def test_half_precision_inputs_and_autocast_compute_in_float32(half):
 def test_inputs_without_a_meaning_raise_value_error(function, x, y):
     with pytest.raises(ValueError):
         function(x, y)
+
+
+def test_what_is_not_finite_has_no_gap():
+    for bad in math.nan, math.inf:
+        with pytest.raises(ValueError, match="finite"):
+            gap_metrics(torch.ones(6, 3), torch.full((6, 3), bad))
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
@@ -396,6 +411,15 @@ def test_recall_equals_a_slow_double_loop(N, groups):
     ranked = [sorted(range(N), key=lambda j: -float(x[i] @ y[j])) for i in range(N)]
     expected = [sum(any(group[j] == group[i] for j in ranked[i][:k]) for i in range(N)) / N for k in (1, 5)]
     assert 0 < expected[0] < 1 and cgap.recall(x, y, group) == pytest.approx(expected)
+
+
+def test_chance_counts_identical_captions_as_one_answer():
+    tokens = torch.tensor([7, 7, 8, 9, 7]).int()[:, None]
+    val = cgap.Pairs(torch.zeros(5, 3, 8, 8).byte(), tokens, torch.arange(6))
+    n, captions, *_ = cgap.chance(cgap.Data(None, val, [], None, None))
+    guesses = [tokens[i] == tokens[j] for i in range(5) for j in range(5)]
+    assert n == 5 and 1 / captions == pytest.approx(sum(guesses).item() / 25)
+    assert cgap.references(8, 0.1, n, captions, 1, 1)["i2t_r1"] == ("1", "0.4400 by chance")
 
 
 def test_evaluate_scores_tasks_made_by_hand():
@@ -764,6 +788,7 @@ def refused(capsys, argv, *named, written=False):
     ("--device mps:0", "mps:0"), ("stray", "stray"), ("--temperature .009", "--learn-temperature"),
     ("--limit 4 --batch 2", "4 validation"), ("--init-gap close", "close"), ("--reproduce luck", "luck"),
     ("--init nowhere", "nowhere"), ("--resume ", "checkpoint"), ("--resume nowhere", "nowhere"),
+    ("--resume {runs}/run", "leave out --unif"),
     ("--plot nowhere", "nowhere"), ("--resume file/below", "file/below"),
     ("--out file/below", "file/below"), ("--out file", "file"), ("--out folder", "folder"),
     ("--data nowhere", "nowhere"), ("--data folder", "annotations"),
@@ -1159,9 +1184,186 @@ def test_reproduce_runs_each_run_once_and_goes_on_where_it_was(tmp_path, monkeyp
     assert json.loads((tmp_path / "figures/results.json").read_text()) == results
 
 
+def test_broken_results_are_refused_before_any_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results.json").write_text('{"losses": {')
+    refused(capsys, ["--reproduce", "losses", "--out", "."], "results.json")
+
+
 @pytest.mark.parametrize("name", cgap.CLAIMS)
 def test_the_tables_of_the_readme_are_those_of_the_results(name):
     here = Path(__file__).parent
     results = json.loads((here / "figures/results.json").read_text())
     assert cgap.claim_table(name, results[name]).strip() in (here / "README.md").read_text()
     assert (here / "figures" / f"{name}.png").stat().st_size > 1000
+
+
+# ============================================================================================================
+# 3. Speed: `python test_cgap.py` prints a table. A ratio is that of the medians of two sides that take turns in one
+# process, so that a busy machine slows both; nothing is asserted, and pytest does not run it.
+# ============================================================================================================
+def in_turns(rounds, **sides):
+    """{name: median seconds} of functions that take turns, after one call of each to warm up."""
+    times = {name: [] for name in sides}
+    for _, (name, side) in itertools.product(range(rounds + 1), sides.items()):
+        start = time.perf_counter()
+        side()
+        times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def resident(name):
+    """VmRSS, VmHWM (its peak) or RssAnon of this process, in MB. Linux only."""
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1024
+
+
+def in_fresh_process(function, *args):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def all_terms(x, y, loss=cgap_loss, **options):
+    """[value, gradients] with all weights 1."""
+    total = loss(x, y, 0.01, 1.0, 1.0, 1.0, **options)[0]
+    return total.detach(), *torch.autograd.grad(total, (x, y))
+
+
+def noisy_pairs(N):
+    x, noise = torch.randn(2, N, 128, generator=seeded())
+    return x.clone().requires_grad_(), (x + noise).requires_grad_()
+
+
+def nine_products(x, y):
+    """Three matrices of cosines, and for each two products to go back through it."""
+    for a, b in (x, x), (y, y), (x, y):
+        cosines = a @ b.T
+        cosines @ b, cosines.T @ a
+
+
+def peak(N, loss, block):
+    """MB above the inputs for a loss and its gradients, in a process that has not needed more before."""
+    options = {"block": block} if block else {}
+    all_terms(*noisy_pairs(64), loss, **options)
+    x, y = noisy_pairs(N)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    before = resident("VmRSS")
+    all_terms(x, y, loss, **options)
+    return resident("VmHWM") - before
+
+
+def speed_of_the_loss():
+    compiled = torch.compile(cgap_loss, dynamic=False)
+    for N, rounds in (256, 40), (1024, 15), (4096, 5):
+        x, y = noisy_pairs(N)
+        sides = {"paper": lambda: all_terms(x, y, paper_loss), "eager": lambda: all_terms(x, y),
+                 "compiled": lambda: all_terms(x, y, compiled)}
+        if N == 4096:
+            sides |= {"products": lambda: nine_products(x.detach(), y.detach()),
+                      "blocks": lambda: all_terms(x, y, block=1024)}
+        t = in_turns(rounds, **sides)
+        yield f"loss and gradients, N = {N:,}: times as fast as the formulas", ">= 1.7", t["paper"] / t["eager"]
+        yield "the same, compiled", ">= 3.5" if N >= 1024 else "", t["paper"] / t["compiled"]
+    full, blocks = all_terms(x, y), all_terms(x, y, block=1024)
+    yield "memory, share of that of the formulas", "<= 0.4", (
+        in_fresh_process(peak, 4096, cgap_loss, None) / in_fresh_process(peak, 4096, paper_loss, None))
+    yield "compiled, time over that of the nine bare products", "<= 1.5", t["compiled"] / t["products"]
+    yield "in blocks of 1,024, time over that of whole matrices", "<= 1.3", t["blocks"] / t["eager"]
+    yield "in blocks, largest relative difference", "<= 1e-5", max(
+        (a - b).abs().max().item() / b.abs().max().item() for a, b in zip(blocks, full))
+    yield "in blocks, N = 16,384: memory above the inputs, MB", "<= 1000", in_fresh_process(
+        peak, 16384, cgap_loss, 1024)
+
+
+def speed_of_a_step(steps=240):
+    """train's own loop, from one batch to the next, and in turn with it the bare encoders on a fixed batch."""
+    cfg = Config(unif=1.0, align=1.0, steps=steps, eval_every=steps, device="cpu")
+    data, batches, loop, bare = cgap.load_data(cfg), cgap.batches, [], []
+    images, texts = data.train.pairs(torch.arange(cfg.batch))
+    model = cgap.TwoEncoders(cfg, len(data.vocab))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+    def timed(*args):
+        source = batches(*args)
+        while True:
+            start = time.perf_counter()
+            yield next(source)
+            middle = time.perf_counter()
+            x, y, _ = model(images, texts)
+            optimizer.zero_grad()
+            (x.sum() + y.sum()).backward()
+            optimizer.step()
+            loop.append(middle - start)
+            bare.append(time.perf_counter() - middle)
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(cgap, "batches", timed):
+        cgap.train(cgap.replace(cfg, out=f"{folder}/run"), quiet=True)
+    plain = [k for k in range(10, steps) if k % (steps // 40) and k % cfg.checkpoint_every]
+    ratio = statistics.median(loop[k] for k in plain) / statistics.median(bare[k] for k in plain)
+    yield "training step, time over that of the bare encoders and optimiser", "<= 1.05", ratio
+
+
+def speed_of_a_run():
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    with tempfile.TemporaryDirectory() as folder:
+        start, out = time.perf_counter(), Path(folder) / "run"
+        subprocess.run([sys.executable, cgap.__file__, "--unif", "1", "--align", "1", "--out", str(out)],
+                       check=True, capture_output=True, env=environment)
+        wall = time.perf_counter() - start
+        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    steps = last["step"] * Config.batch / last["images_per_second"]
+    yield "evaluation, snapshots and checkpoints, share of a default run", "<= 0.1", (last["seconds"] - steps) / wall
+    yield "default run with --unif 1 --align 1, prompt to prompt, s", "<= 60", wall
+    scenes = cgap.random_scenes(20_000, 0.1, seeded())
+    yield "drawing 20,000 scenes, s", "<= 2", in_turns(3, draw=lambda: cgap.draw_scenes(scenes, 32, seeded()))["draw"]
+
+
+def coco_sized(cache, key, train, val, cfg, size, n=118_287, captions=591_753):
+    """In place of build_cache: as many black images and random captions as MS-COCO has, 5,000 images to validate on."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=cfg.cache) as file:
+        images = torch.from_file(file.name, shared=True, size=n * 3 * size * size, dtype=torch.uint8)
+        cgap.save({"key": key, "images": images.view(n, 3, size, size), "train": n - 5000, "faults": {},
+                   "vocab": [str(k) for k in range(10_002)], "first": torch.linspace(0, captions, n + 1).long(),
+                   "tokens": torch.randint(2, 10_002, (captions, 20), dtype=torch.int32)}, cache)
+
+
+def open_and_train(cfg):
+    start = time.perf_counter()
+    cgap.photo_data(cfg)
+    seconds = time.perf_counter() - start
+    cgap.train(cfg, quiet=True)
+    return seconds, resident("VmRSS")
+
+
+def speed_of_the_cache(n=5000):
+    with tempfile.TemporaryDirectory() as folder:
+        noise = torch.rand(40, 3, 30, 40, generator=seeded())
+        for k, image in enumerate(F.interpolate(noise, (480, 640), mode="bicubic").clamp(0, 1).mul(255).byte()):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{folder}/{k}.jpg", quality=85)
+        rows = "".join(f"{k}.jpg,picture {k}\n" for k in range(n))
+        for k in range(40, n):
+            shutil.copy(f"{folder}/{k % 40}.jpg", f"{folder}/{k}.jpg")
+        Path(folder, "pairs.csv").write_text("image,caption\n" + rows)
+        cfg = Config(data=f"{folder}/pairs.csv", cache=f"{folder}/cache", steps=200, device="cpu", out=f"{folder}/run")
+
+        def build(workers):
+            with mock.patch("os.cpu_count", return_value=workers), contextlib.redirect_stderr(io.StringIO()):
+                cgap.photo_data(cfg)
+            shutil.rmtree(cfg.cache)
+
+        t = in_turns(2, one=lambda: build(1), two=lambda: build(2))
+        yield f"decoding {n:,} photographs, 2 workers: times as fast as 1", ">= 1.8", t["one"] / t["two"]
+        Path(cfg.cache).mkdir()
+        with mock.patch.object(cgap, "build_cache", coco_sized):
+            cgap.photo_data(cfg)
+        seconds, memory = in_fresh_process(open_and_train, cfg)
+        yield "opening a cache of MS-COCO's size, s", "<= 1", seconds
+        yield "resident memory after 200 steps from it, MB", "< 1500", memory
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count())
+    print("| what | mark | measured |\n|---|---|---|")
+    for part in speed_of_the_loss, speed_of_a_step, speed_of_a_run, speed_of_the_cache:
+        for what, mark, value in part():
+            print(f"| {what} | {mark} | {value:.3g} |", flush=True)
