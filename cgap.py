@@ -55,8 +55,9 @@ __version__ = "1.0"
 # The paper's losses are rows of weights: CLIP alone; CUA = CLIP + unif + align; CUAXU = CUA + xunif.
 #
 # Why does CLIP leave a gap? Its softmax sees cosines divided by the temperature T, here 0.01: a caption that leads
-# the others by a cosine of 0.05 has won by a factor of e^5. So small differences in a small region are enough for a
-# loss near 0, and nothing in it cares where the two regions lie. The other terms do. (Why a gap even opens where there
+# the others by a cosine of 0.1 has won by a factor of e^10. So small differences in a small region are enough for a
+# loss near 0. And an offset that all captions share adds the same to all of a picture's cosines, and cancels: the loss
+# does not see it. The other terms do. (Why a gap even opens where there
 # was none, as it does with --init-gap remove, is still argued about: the README, "Before and after this paper".)
 # ============================================================================================================
 import math
@@ -119,10 +120,11 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, block=None
 
     x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here. `temperature` is a
     number or, to learn it, a scalar tensor. Returns the total (a scalar to minimise; it may well be negative, as
-    uniformity is) and a dict of its un-weighted terms `clip`, `align`, `unif`, `xunif`. Computed in float32 at
-    least, under autocast too. `block`: rows at a time, see gap_terms: for N whose N x N matrices do not fit. Under
-    data parallelism x and y must be those of all processes (Gather, below, brings them with their gradients): the
-    log of a mean is not the mean of the logs.
+    uniformity is) and a dict of its un-weighted terms `clip`, `align`, `unif`, `xunif` to look at, detached: a term
+    that is kept and not differentiated would keep its N x N matrix. Computed in float32 at least, under autocast too.
+    `block`: rows at a time, see gap_terms: for N whose N x N matrices do not fit. Under data parallelism x and y must
+    be those of all processes (Gather, in section 6, brings them with their gradients): the log of a mean is not the
+    mean of the logs.
     Raises ValueError for shapes that differ, fewer than two pairs, and tensors that are not floating point.
     Source: the paper's L_CUA and L_CUAXU, whose weights are 1 and whose temperature is 0.01.
     """
@@ -141,13 +143,13 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, block=None
     for name, weight in (("unif", unif), ("align", align), ("xunif", xunif)):
         if weight:  # so that a term without weight is not differentiated
             total = total + weight * terms[name]
-    return total, terms
+    return total, {name: term.detach() for name, term in terms.items()}
 
 
 # ============================================================================================================
 # 2. Measuring the gap. One number does not do. Two clouds can share a centre and still be told apart by a
-# classifier; two clouds that nobody can tell apart can still sit in a corner of the sphere (plain CLIP does, in
-# three dimensions); and alignment can get worse while the gap closes, for in a corner pairs are close for free.
+# classifier; two clouds that nobody can tell apart can still sit in a corner of the sphere (with alignment alone they
+# do); and alignment can get worse while the gap closes, for in a corner pairs are close for free.
 # ============================================================================================================
 def fit_logistic(x, labels, C=1.0):
     """Weights (D,) and bias of the L2 logistic regression that scikit-learn fits by default: the minimum of
@@ -833,7 +835,7 @@ def hardware(cfg):
     half = torch.bfloat16
     if kind == "cuda":
         torch.cuda.set_device(name)
-        torch.set_float32_matmul_precision("high")  # TF32
+        torch.set_float32_matmul_precision("high")  # TF32 rounds factors, not sums: at T = 0.01 a logit by about 0.01
         half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -1076,24 +1078,22 @@ def plot_gap(runs, path):
 
 
 def draw_pairs(axis, run, step):
-    """Images, texts and lines between pairs at one step: on the sphere if the space has 3 dimensions, else in the plane
-    where this run's gap shows best: across, the direction from the images' centroid to the texts', averaged over
-    training; upward, what that direction at the start has besides."""
-    frames = {k: frame.float() for k, frame in run.saved["frames"].items()}
-    between = torch.stack([(frame[1] - frame[0]).mean(0) for _, frame in sorted(frames.items())])     # (times, D)
-    between = torch.stack([between[min(1, len(between) - 1):].mean(0), between[0]], 1)
-    flat = run.cfg.dim != 3
-    x, y = (frames[step] @ torch.linalg.qr(between)[0] if flat else frames[step]).tolist()
+    """Images, texts and lines between pairs at one step: on the sphere if the space has 3 dimensions, else in a plane:
+    across, from the images' centroid to the texts', so that the gap is seen in full at any time; upward, what else
+    that direction is on average over training."""
+    gaps = {k: (frame[1].float() - frame[0].float()).mean(0) for k, frame in run.saved["frames"].items()}     # (D,)
+    points, flat = run.saved["frames"][step].float(), run.cfg.dim != 3
+    Q, R = torch.linalg.qr(torch.stack([gaps[step], torch.stack(list(gaps.values())).mean(0)], 1))
+    x, y = (points @ (Q * R.diagonal().sign()) if flat else points).tolist()                # texts to the right
     axis.clear()
-    gaps = [[math.nan] * len(x[0])] * len(x)                          # lift the pen between one pair and the next
-    axis.plot(*zip(*itertools.chain(*zip(x[:100], y[:100], gaps))), color="0.8", linewidth=0.5, zorder=1)
+    lift = [[math.nan] * len(x[0])] * len(x)                          # the pen, between one pair and the next
+    axis.plot(*zip(*itertools.chain(*zip(x[:100], y[:100], lift))), color="0.8", linewidth=0.5, zorder=1)
     for points, colour, marker, label in (x, IMAGE, "o", "images"), (y, TEXT, "^", "texts"):
         axis.scatter(*zip(*points), s=9, color=colour, marker=marker, label=label, linewidths=0)
-    labels = {"xlabel": "along the gap, mean over training", "ylabel": "along the gap at the start"}
+    labels = {"xlabel": "along the gap at this step", "ylabel": "along its mean over training"}
     axis.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal",
              **(labels if flat else {"zlim": (-1, 1)}))
-    distance = (frames[step][1] - frames[step][0]).mean(0).norm()
-    axis.set_title(f"{run.cfg.name()}, step {step}: centroids {distance:.2f} apart", fontsize=10)
+    axis.set_title(f"{run.cfg.name()}, step {step}: centroids {gaps[step].norm():.2f} apart", fontsize=10)
     axis.legend(loc="lower right", fontsize=8)
 
 
@@ -1397,7 +1397,7 @@ def plot_claim(name, result, path):
 def report(run):
     """Print what a run has changed: each metric at the start and at the end, beside what to compare it with."""
     first, last = run.history[0], run.history[-1]
-    print(f"\n{run.cfg.name()}, {last['step']} steps, seed {run.cfg.seed}, {last['seconds']:.0f} s, "
+    print(f"\n{run.cfg.name()}, {last['step']} of {run.cfg.steps} steps, seed {run.cfg.seed}, {last['seconds']:.0f} s, "
           f"loss {last['loss']:.3f}\n{'':22}{'start':>10}{'end':>10}{'ideal':>10}   no gap, or chance")
     for name, (ideal, floor) in references(run.cfg.dim, last["alignment"], *run.saved["chance"]).items():
         if name in last:

@@ -97,8 +97,9 @@ def slow_loss(x, y, *args, **options):
 def test_loss_and_gradients_equal_the_definitions(N, copies, block, weights, dtype, tolerance):
     x, y = (z.to(dtype) for z in clouds(N, 16, 2))
     x[:copies], y[:copies] = x[N - 1], y[N - 1]  # duplicate rows
-    total, terms = cgap_loss(x, y, 0.05, *weights, block=block)
+    total, terms = cgap_loss(x.requires_grad_(), y, 0.05, *weights, block=block)
     assert total.dtype == dtype and terms.keys() == TERMS
+    assert total.requires_grad and not any(term.requires_grad for term in terms.values())  # nor keep their matrices
     for name, value in slow_loss(x, y, 0.05)[1].items():
         assert terms[name].item() == pytest.approx(value.item(), rel=tolerance, abs=tolerance)
     assert_close(with_gradients(cgap_loss, x, y, 0.05, *weights, block=block),
@@ -673,6 +674,20 @@ def test_train_from_python_returns_the_history_and_repeats_it_for_the_same_seed(
     assert history == records(tmp_path / "again") and timeless(history) == timeless(records(ran[0]))
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert torch.is_grad_enabled() and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("steps", [[0], [0, 1], [0, 1, 2]])
+def test_pictures_show_the_gap_in_full_at_every_step(steps):
+    apart = torch.tensor([-1, 1])[:, None, None] * draw(8, seed=9)
+    frames = {k: F.normalize(draw(2, 40, 8, seed=k) + apart, dim=2).half() for k in steps}
+    run = cgap.Run(Config(dim=8), [], {"frames": frames})
+    for step, (images, texts) in frames.items():
+        _, (axis,) = cgap.canvas(1, 1, "", 4, 4)
+        cgap.draw_pairs(axis, run, step)
+        left, right = (torch.tensor(points.get_offsets().data).mean(0) for points in axis.collections)
+        across, upward = right - left
+        assert across == pytest.approx((texts.float() - images.float()).mean(0).norm().item(), rel=1e-4)
+        assert abs(upward) < 1e-4
 
 
 def test_same_modality_runs_start_with_or_without_a_gap_and_are_plotted_together(tmp_path, capsys):
