@@ -1277,7 +1277,7 @@ def speed_of_the_loss():
                       "blocks": lambda: all_terms(x, y, block=1024)}
         t = in_turns(rounds, **sides)
         yield f"loss and gradients, N = {N:,}: times as fast as the formulas", ">= 1.7", t["paper"] / t["eager"]
-        yield "the same, compiled", ">= 3.5" if N >= 1024 else "", t["paper"] / t["compiled"]
+        yield "the same, compiled", ">= 3.5" if N >= 1024 else "-", t["paper"] / t["compiled"]
     full, blocks = all_terms(x, y), all_terms(x, y, block=1024)
     yield "memory, share of that of the formulas", "<= 0.4", (
         in_fresh_process(peak, 4096, cgap_loss, None) / in_fresh_process(peak, 4096, paper_loss, None))
