@@ -56,9 +56,10 @@ __version__ = "1.0"
 #
 # Why does CLIP leave a gap? Its softmax sees cosines divided by the temperature T, here 0.01: a caption that leads
 # the others by a cosine of 0.1 has won by a factor of e^10. So small differences in a small region are enough for a
-# loss near 0. And an offset that all captions share adds the same to all of a picture's cosines, and cancels: the loss
-# does not see it. The other terms do. (Why a gap even opens where there
-# was none, as it does with --init-gap remove, is still argued about: the README, "Before and after this paper".)
+# loss near 0. And an offset that all captions share adds the same to all of a picture's cosines and cancels in its
+# softmax, and in the other one if it is orthogonal to the pictures: the loss does not see it. The other terms do.
+# (Why a gap even opens where there was none, as it does with --init-gap remove, is still argued about: see the README,
+# "Before and after this paper".)
 # ============================================================================================================
 import math
 
