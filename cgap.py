@@ -977,6 +977,7 @@ def train(cfg, resume=False, quiet=False):
         out.mkdir(parents=True, exist_ok=True)
         for draft in out.glob("checkpoint.pt.*.tmp"):  # of a run that was killed while it wrote
             draft.unlink(missing_ok=True)
+        fixed = {"samples": samples(data), "chance": chance(data)}
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
         log = open(out / "metrics.jsonl", "w")  # from the checkpoint: a torn line, or a later one, goes
         log.writelines(json.dumps(record) + "\n" for record in history)
@@ -1011,7 +1012,7 @@ def train(cfg, resume=False, quiet=False):
                 save({"version": __version__, "config": asdict(cfg), "vocab": data.vocab, "step": step,
                       "seconds": time.perf_counter() - began, "model": model.state_dict(),
                       "optimizer": optimizer.state_dict(), "scaler": hw.scaler.state_dict(), "history": history,
-                      "frames": frames, "samples": samples(data), "chance": chance(data)}, out / "checkpoint.pt")
+                      "frames": frames, **fixed}, out / "checkpoint.pt")
             if last or stop:
                 break
             tick = time.perf_counter()
@@ -1085,7 +1086,8 @@ def draw_pairs(axis, run, step):
     gaps = {k: (frame[1].float() - frame[0].float()).mean(0) for k, frame in run.saved["frames"].items()}     # (D,)
     points, flat = run.saved["frames"][step].float(), run.cfg.dim != 3
     Q, R = torch.linalg.qr(torch.stack([gaps[step], torch.stack(list(gaps.values())).mean(0)], 1))
-    x, y = (points @ (Q * R.diagonal().sign()) if flat else points).tolist()                # texts to the right
+    Q = Q * torch.ones(2).copysign(R.diagonal())                      # texts to the right
+    x, y = (points @ Q if flat else points).tolist()
     axis.clear()
     lift = [[math.nan] * len(x[0])] * len(x)                          # the pen, between one pair and the next
     axis.plot(*zip(*itertools.chain(*zip(x[:100], y[:100], lift))), color="0.8", linewidth=0.5, zorder=1)
