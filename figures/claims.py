@@ -1,0 +1,157 @@
+"""The claims, as data: what each says, the runs that test it, and what must come out."""
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Claim:
+    """A claim. runs: {label: settings other than cgap.Config's, or cgap.smallest_gap's if `points`};
+    `model` names what to start from (see reproduce.make_model), `source` the row whose run that is.
+    checks: (metric, more, less[, by]): rows, "row, at the start", or numbers; a check holds if the
+    difference, paired by seed, exceeds `by` on average, and that by more than its standard deviation.
+    seeds: rows that get more seeds than the others."""
+    title: str
+    runs: dict
+    checks: list = field(default_factory=list)
+    shown: tuple = ("linear_separability", "linear_separability_c100", "centroid_distance",
+                    "uniformity_image", "alignment", "i2t_r1")
+    reading: str = ""
+    published: str = ""
+    points: bool = False
+    picture: str = "dots"
+    starts: bool = False
+    rows: bool = True
+    seeds: dict = field(default_factory=dict)
+
+
+SEP, CENTROIDS, UNIF, WARM = ("linear_separability", "centroid_distance", "uniformity_image",
+                              "effective_temperature")
+TASKS = ("i2t_r1", "zero_shot", "zero_shot_unseen", "arithmetic")
+ALL = (SEP, "linear_separability_c100", CENTROIDS, UNIF, "alignment", *TASKS)
+CLIP, CUA, CUAXU = {}, {"unif": 1.0, "align": 1.0}, {"unif": 1.0, "align": 1.0, "xunif": 1.0}
+LOSSES = {"CLIP": CLIP, "CUA": CUA, "CUAXU": CUAXU}
+CENTER = {"center": True}
+CENTRED = {f"{name}, centred": {**loss, **CENTER} for name, loss in LOSSES.items()}
+FOUR = {"CLIP": CLIP, "CUA": CUA, "CLIP, centred": CENTER, "CUA, centred": {**CUA, **CENTER}}
+SHORT = {"steps": 400}
+LEARNED = {"temperature": 0.07, "learn_temperature": True}
+ZERO = {"init_gap": "remove"}
+TUNED = {"steps": 400, "lr": 3e-4, "single": 0.0, "limit": 8000, "source": "pretrained"}
+TEMPERATURES = {"T = .01": {}, "T = .03": {"temperature": 0.03}, "T = .07": {"temperature": 0.07},
+                "T = .2": {"temperature": 0.2}, "learned": LEARNED}
+
+
+def each(rows, **settings):
+    """The rows with these settings too."""
+    return {label: {**row, **settings} for label, row in rows.items()}
+
+
+CLAIMS = {
+    "points": Claim(
+        "Between free points no gap opens; with one shared vector a side it does",
+        {"CLIP, no offset": {"offset": False}, "CLIP, offset": {},
+         "CUA, no offset": {**CUA, "offset": False}, "CUA, offset": CUA,
+         **{f"CLIP, offset, T = {T}": {"temperature": T} for T in (.03, .07, .2)},
+         **{f"CLIP, offset, d = {d}": {"dim": d} for d in (2, 3, 8, 32)},
+         "T from 1 to .01": {"temperature": [1.0, 0.01, 300]},
+         "T from .07 to .01": {"temperature": [0.07, 0.01, 300]},
+         "20 % permuted": {"mismatch": 0.2},
+         "20 % permuted, T from 1 to .01": {"mismatch": 0.2, "temperature": [1.0, 0.01, 300]}},
+        [(SEP, 0.62, "CLIP, no offset"), (SEP, "CLIP, offset", 0.98), (SEP, 0.62, "CUA, offset"),
+         (SEP, "CLIP, offset", "CLIP, offset, T = 0.2"), (SEP, "CLIP, offset", "T from 1 to .01"),
+         (SEP, "20 % permuted, T from 1 to .01", "T from 1 to .01")],
+        (SEP, "linear_separability_c100", CENTROIDS, UNIF, "alignment", WARM), points=True),
+    "losses": Claim(
+        "Two encoders, six losses: what closes the gap, and what that is good for",
+        {**LOSSES, **CENTRED},
+        [(SEP, "CLIP", "CUA"), (CENTROIDS, "CLIP", "CUA"), (UNIF, "CLIP", "CUA"), (SEP, "CLIP", "CUAXU"),
+         (SEP, 0.60, "CUA, centred"), (UNIF, -3.4, "CUA, centred"),
+         ("i2t_r1", "CUA", "CLIP", -0.03), ("zero_shot", "CUA", "CLIP"), ("arithmetic", "CUA", "CLIP"),
+         ("i2t_r1", "CUA, centred", "CLIP", 0.04), ("zero_shot", "CUA, centred", "CLIP", 0.05),
+         ("zero_shot_unseen", "CUA, centred", "CLIP", 0.10), ("arithmetic", "CUA, centred", "CLIP", 0.03),
+         ("i2t_r1", "CUA, centred", "CUA"), ("zero_shot", "CUA, centred", "CUA")],
+        (*ALL, WARM), seeds={"CLIP": 5, "CUA, centred": 5}),
+    "opening": Claim(
+        "It opens within the first steps",
+        {label: {**row, **ZERO, "steps": 100, "eval_every": 4}
+         for label, row in (("CLIP", CLIP), ("CUA", CUA), ("CLIP, centred", CENTER))},
+        [(SEP, "CLIP", "CLIP, at the start"), (SEP, "CLIP", "CLIP, centred")],
+        (SEP, CENTROIDS, WARM, "alignment"), picture="curves", starts=True),
+    "thermostat": Claim(
+        "The gap is a thermostat: T_eff is what the pairs want, whatever T is",
+        {f"{round(100 * share)} % permuted, {label}": {**SHORT, "mismatch": share, **T}
+         for share in (0.0, 0.1, 0.2, 0.5) for label, T in TEMPERATURES.items()},
+        [], ("temperature", WARM, SEP, CENTROIDS, UNIF, "i2t_r1"), picture="thermostat"),
+    "limits": Claim(
+        "Where the thermostat stops: a fifth of the captions permuted, two temperatures each",
+        {f"{name}, {label}": {**SHORT, "mismatch": 0.2, **row, **TEMPERATURES[label]}
+         for name, row in (("CUA", CUA), ("CLIP, centred", CENTER), ("d = 3", {"dim": 3}),
+                           ("d = 16", {"dim": 16}), ("B = 16", {"batch": 16}),
+                           ("no biases", {"model": "no biases"}))
+         for label in ("T = .01", "T = .07")},
+        [], ("temperature", WARM, SEP, CENTROIDS, UNIF, "i2t_r1")),
+    "same-modality": Claim(
+        "The same images in both encoders, and no gap to begin with: the loss makes one",
+        {label: {**row, **ZERO, **SHORT, "same_modality": True}
+         for label, row in (("CLIP", CLIP), ("CUA", CUA), ("CLIP, centred", CENTER))},
+        [(SEP, "CLIP", "CLIP, at the start"), (CENTROIDS, "CLIP", "CLIP, at the start"),
+         (SEP, "CLIP", "CUA"), (SEP, "CLIP", "CLIP, centred")],
+        (SEP, "linear_separability_c100", CENTROIDS, UNIF, "alignment", "i2t_r1", "clip"),
+        published="separability near 1 after training to convergence", starts=True),
+    "image-text-from-zero": Claim(
+        "Images and texts without a gap at the start: it is not the cone effect",
+        {label: {**row, **ZERO, **SHORT}
+         for label, row in (("CLIP", CLIP), ("CUA", CUA), ("CLIP, centred", CENTER))},
+        [(SEP, "CLIP", "CLIP, at the start"), (SEP, "CLIP", "CUA"), (SEP, "CLIP", "CLIP, centred")],
+        starts=True),
+    "noise": Claim(
+        "Where centring helps, and where not: clean pairs, permuted captions, little data, small batches",
+        {**each({f"clean, {name}": row for name, row in FOUR.items()}, **SHORT),
+         **each({f"20 % permuted, {name}": row for name, row in FOUR.items()}, **SHORT, mismatch=0.2),
+         **each({f"2,000 images, {name}": row for name, row in FOUR.items()}, **SHORT, limit=2000),
+         **each({f"B = 16, {name}": row for name, row in FOUR.items()}, steps=1200, batch=16)},
+        [(metric, f"{where}, CUA, centred", f"{where}, CLIP")
+         for where in ("clean", "20 % permuted", "2,000 images", "B = 16") for metric in ("i2t_r1", "zero_shot")],
+        (SEP, CENTROIDS, UNIF, "alignment", *TASKS)),
+    "controls": Claim(
+        "Taking single biases away does not do what centring does",
+        {f"{name}, {kind}": {**loss, **SHORT, "model": kind}
+         for name, loss in (("CLIP", CLIP), ("CUA", CUA))
+         for kind in ("projection without bias", "no biases", "fast bias")},
+        [], ALL),
+    "zero-shot": Claim(
+        "The authors' protocol in miniature: pretrain with a learned T, then fine-tune at T = .01",
+        {"pretrained": {**LEARNED, "steps": 800, "single": 0.5},
+         **{f"{name}, projections {kind}": {**TUNED, **row, "model": kind}
+            for kind in ("kept", "fresh") for name, row in
+            (("CLIP", CLIP), ("CUA", CUA), ("CUA, centred", {**CUA, **CENTER}))}},
+        [(metric, f"{name}, projections {kind}", f"CLIP, projections {kind}")
+         for kind in ("kept", "fresh") for metric in ("zero_shot", "arithmetic") for name in ("CUA", "CUA, centred")],
+        (SEP, CENTROIDS, UNIF, "alignment", *TASKS)),
+    "terms": Claim(
+        "Which term does what",
+        each({"CLIP": CLIP, "unif alone": {"unif": 1.0}, "align alone": {"align": 1.0},
+              "xunif alone": {"xunif": 1.0}, "CUA": CUA}, **SHORT),
+        [(UNIF, "CLIP", "unif alone"), ("alignment", "CLIP", "align alone"), (SEP, "unif alone", "CUA"),
+         (SEP, "align alone", "CUA"), (CENTROIDS, "xunif alone", "CLIP")],
+        (SEP, "linear_separability_c100", CENTROIDS, UNIF, "matched_cosine", "alignment", "i2t_r1")),
+    "dimension": Claim(
+        "In three dimensions it closes by itself",
+        {**{f"CLIP, d = {d}": {**SHORT, "dim": d} for d in (3, 8, 32)}, "CLIP, d = 128": SHORT,
+         "CUA, d = 3": {**SHORT, **CUA, "dim": 3}, "CUA, d = 128": {**SHORT, **CUA}},
+        [(SEP, "CLIP, d = 128", "CLIP, d = 3"), (SEP, "CLIP, d = 32", "CLIP, d = 8"),
+         (UNIF, "CLIP, d = 3", "CUA, d = 3")],
+        (SEP, CENTROIDS, UNIF, "alignment", "i2t_r1", WARM),
+        published="separability with CLIP .50 at d = 3 and 16 (one seed), .782 at 32, .999 at 64, 1.000 at 128"),
+    "batch-size": Claim(
+        "Small batches: it depends on what is kept equal",
+        {"B = 16, same samples": {"batch": 16, "steps": 1600}, "B = 64": SHORT,
+         "B = 256, same samples": {"batch": 256, "steps": 100}, "B = 16, same steps": {**SHORT, "batch": 16}},
+        [(metric, "B = 16, same samples", "B = 256, same samples") for metric in (CENTROIDS, UNIF)]
+        + [(metric, "B = 16, same steps", "B = 64") for metric in (CENTROIDS, UNIF)],
+        (SEP, CENTROIDS, UNIF, "alignment", "i2t_r1", WARM)),
+    "longer": Claim(
+        "Three times the steps",
+        {name: {**row, "steps": 4500} for name, row in FOUR.items() if name in ("CLIP", "CUA, centred")},
+        [(metric, "CUA, centred", "CLIP") for metric in TASKS], ALL),
+}
+INTRO = "# Gallery\n"
