@@ -49,7 +49,7 @@ __version__ = "2.0"
 #   align   the two are to be close
 #   unif    pictures are to be far from other pictures, and captions from other captions
 #   xunif   pictures are to be far from the captions of others
-# The paper's losses are rows of weights: CLIP alone; CUA = CLIP + unif + align; CUAXU = CUA + xunif.
+# The paper's losses are rows of weights: CLIP; CUA = CLIP + unif + align; CUAXU = CUA + xunif.
 # --------------------------------------------------------------------------------------------------
 import torch
 import torch.nn.functional as F
@@ -79,14 +79,14 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
     """CLIP + unif * uniformity + align * alignment + xunif * cross-modal uniformity.
 
     x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here.
-    temperature: a number or, to learn it, a scalar tensor. center: subtract the batch's means first,
-    which takes the cause of the gap away (section 3); at test time subtract the means of training
-    data, or move them into the encoders' last biases, as `fold_means` does.
+    temperature: a number or, to learn it, a scalar tensor. center: subtract the batch's means first
+    and so take the cause of the gap away (section 3); at test time subtract those of training data,
+    or move them into the encoders' last biases, as `fold_means` does.
     Returns the total, a scalar to minimise (often negative, as uniformity is), and a dict of its
-    unweighted terms `clip`, `align`, `unif`, `xunif`, detached. Computed in float32 or better, under
-    autocast too. With several processes x and y must be those of all, with gradients (`gather` in
-    section 10): the log of a mean is not the mean of logs. On a CPU call
-    torch.set_flush_denormal(True) before all else: e^-90 is a number with which a CPU is very slow.
+    unweighted terms `clip`, `align`, `unif`, `xunif`, detached. Computed in float32 or better, also
+    under autocast. With several processes x and y must be those of all, with gradients (`gather`,
+    section 10): the log of a mean is not the mean of logs. On a CPU, torch.set_flush_denormal(True)
+    before all else makes it faster: at T = 0.01 most of softmax is below 1e-38.
     Raises ValueError for other shapes, fewer than 2 pairs, integers. Source: the paper's L_CUAXU.
     """
     check_pairs(x, y, least=2)
@@ -113,9 +113,8 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Measuring the gap. One number does not do: two clouds can share a centre and still be told apart;
-# two that nobody can tell apart can still sit in a corner of the sphere, and there pairs are close
-# for free.
+# 2. Measuring the gap. One number does not do: two clouds can share a centre and still be told
+# apart; two that nobody can tell apart can still sit in a corner, where pairs are close for free.
 # --------------------------------------------------------------------------------------------------
 def fit_logistic(z, labels, C=1.0):
     """The w (D,) that minimises |w'|^2 / 2 + C sum_i log(1 + exp(-s_i z_i.w)), by Newton's method.
@@ -139,8 +138,8 @@ def fit_logistic(z, labels, C=1.0):
 
 def linear_separability(x, y, C=1.0):
     """Accuracy, 0 to 1, of a logistic regression that tells x from y, unit vectors (N, D), float64:
-    fit on 80 % of the pairs, tested on the others. 1 is a complete gap, 0.5 is none. The authors use
-    C = 1, which is strict for unit vectors; 100 finds smaller gaps."""
+    fit on 80 % of the pairs, tested on the others. 1 is a complete gap, 0.5 is none. The authors
+    use C = 1, which is strict for unit vectors; 100 finds smaller gaps."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     z = F.pad(torch.stack([x, y]), (0, 1), value=1.0)[:, order]  # (2, N, D + 1)
     cut = int(0.8 * len(x))  # by pair: both halves of a pair are on one side
@@ -150,14 +149,14 @@ def linear_separability(x, y, C=1.0):
 
 
 def effective_rank(x):
-    """How many dimensions x (N, D) uses, 1 to D: exp of the entropy of the shares of variance on the
-    principal axes (after Roy & Vetterli 2007)."""
+    """How many dimensions x (N, D) uses, 1 to D: exp of the entropy of the shares of variance on
+    the principal axes (after Roy & Vetterli 2007)."""
     variances = torch.linalg.eigvalsh(torch.cov(x.T)).clamp(min=0)
     return torch.special.entr(variances / variances.sum().clamp(min=1e-30)).sum().exp()
 
 
 def effective_temperature(x, y, temperature):
-    """T / sqrt((1 - |mean x|^2) (1 - |mean y|^2)) for unit vectors (N, D): the T that softmax feels.
+    """T / sqrt((1 - |mean x|^2) (1 - |mean y|^2)) of unit vectors (N, D): the T that softmax feels.
 
     A vector that all of x share adds the same to all their cosines; only what is left of x without
     it, of mean square 1 - |mean x|^2, tells one from another. So a narrow space is a warm softmax.
@@ -175,9 +174,8 @@ def gap_metrics(x, y):
     matched_cosine, alignment  mean x_i . y_i, -1 to 1; mean |x_i - y_i|^2, 0 to 4
     uniformity_image, uniformity_text, cross_uniformity   -8 to 0, of 5,000 pairs at the most
     effective_rank_image, effective_rank_text             1 to D
-    They are normalised here. Leaves the random state alone. Raises ValueError as cgap_loss does, for
-    fewer than 5 pairs, for values that are not finite. Source: the paper; the first two as in the
-    authors' code.
+    They are normalised here. Raises ValueError as cgap_loss does, for fewer than 5 pairs, and for
+    values that are not finite. Source: the paper; the first two as in the authors' code.
     """
     check_pairs(x, y, least=5)
     x = F.normalize(x.detach().cpu().double(), dim=1)  # the CPU first: MPS has no float64
@@ -222,27 +220,26 @@ def smallest_gap(offset=True, unif=0.0, align=0.0, xunif=0.0, temperature=0.01, 
                  batch=64, steps=600, seed=0, mismatch=0.0):
     """Train n pairs of free points, with or without an offset that all of a side share.
 
-    temperature: a number, or a function of the step. mismatch: a share of pairs to be permuted.
-    Both sides start in the same cone, so without a gap. Returns a dict for each measurement: `step`,
-    `effective_temperature` and gap_metrics. In d = 2 the sides may end at opposite points.
+    temperature: a number, or a function of the step. mismatch: the share permuted at each step.
+    Both sides start in the same cone, so without a gap. Returns a dict for each measurement:
+    `step`, `effective_temperature`, gap_metrics. In d = 2 the sides may end at opposite points.
     """
     g = torch.Generator().manual_seed(seed)
     cone = torch.randn(dim, generator=g) / dim ** 0.5
     points = cone + 0.3 / dim ** 0.5 * torch.randn(2, n, dim, generator=g)
     points.requires_grad_()
     offsets = torch.zeros(2, 1, dim, requires_grad=offset)
-    partner = mismatched(n, mismatch, g)
     optimizer = torch.optim.Adam([points, offsets] if offset else [points], lr=0.01)
     history = []
     for step in range(steps + 1):
-        x = points[0] + offsets[0]
-        y = (points[1] + offsets[1])[partner]
+        x, y = points + offsets
         T = temperature(step) if callable(temperature) else temperature
         if step in (0, 1, 2, 5, 10, 20, 50, steps) or step % 100 == 0:
             warm = effective_temperature(F.normalize(x, dim=1), F.normalize(y, dim=1), T)
             history.append({"step": step, "effective_temperature": warm, **gap_metrics(x, y)})
         i = torch.randperm(n, generator=g)[:batch]
-        loss, _ = cgap_loss(x[i], y[i], T, unif, align, xunif)
+        j = mismatched(n, mismatch, g)[i]
+        loss, _ = cgap_loss(x[i], y[j], T, unif, align, xunif)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -269,7 +266,8 @@ class ImageEncoder(nn.Module):
         layers = []
         for c_in, c_out, stride in ((3, width, 2), (width, 2 * width, 2), (2 * width, 4 * width, 2),
                                     (4 * width, 4 * width, 1)):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.GELU()]
+            conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1)
+            layers += [conv, nn.GroupNorm(8, c_out), nn.GELU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, 128)
         self.projection = nn.Linear(4 * width, dim)
 
@@ -283,9 +281,9 @@ class TextEncoder(nn.Module):
     def __init__(self, dim, vocab, context, width=128, heads=4):
         super().__init__()
         self.token = nn.Embedding(vocab, width, padding_idx=0)
-        self.position = nn.Parameter(torch.randn(context, width))  # as large as words: order matters
-        self.body = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, norm_first=True,
-                                               activation="gelu", batch_first=True)
+        self.position = nn.Parameter(torch.randn(context, width))  # as large as words
+        self.body = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu",
+                                               batch_first=True, norm_first=True)
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, dim)
 
@@ -334,9 +332,9 @@ def encode(encoder, inputs, size=256):
 def remove_initial_gap(model, images, texts):
     """Lay the second encoder's cloud onto the first's, in place: the paper's idealised start.
 
-    Its projection is changed so that on these pairs the means become equal, and the spreads, and the
-    orthogonal R minimises |(y - mean y) R - (x - mean x)| (Procrustes). The paper does not mention
-    the spread: it matters since embeddings are normalised afterwards.
+    Its projection is changed so that on these pairs the means become equal, and the spreads, and
+    the orthogonal R minimises |(y - mean y) R - (x - mean x)| (Procrustes). The paper does not
+    mention the spread: it matters since embeddings are normalised afterwards.
     """
     x = encode(model.image, images).cpu().double()
     y = encode(model.text, texts).cpu().double()
@@ -370,8 +368,8 @@ class Pairs:
     count: torch.Tensor  # (N,): so many
 
     def batch(self, i, turn=0):
-        """(images, tokens) of the images i (B,), each with one of its captions, those in turn; tokens
-        are no wider than the longest of them."""
+        """(images, tokens) of the images i (B,), each with one of its captions, in turn; tokens are
+        no wider than the longest of them."""
         images = self.images[i.to(self.images.device)]
         if self.tokens is None:
             return images, images
@@ -385,7 +383,7 @@ class Pairs:
 
 # Pairs, Pairs, list of words, and two tasks or None
 Data = namedtuple("Data", "train val vocab zero_shot arithmetic")
-# The nearest prompt should be the label; the classes (bool) that never occur in training are unseen.
+# The nearest prompt should be the label; unseen (bool): the classes that never occur in training.
 ZeroShot = namedtuple("ZeroShot", "images labels prompts unseen")
 # Image q + text(new) - text(old) should be nearest to an image i of which correct[q, i] is True.
 Arithmetic = namedtuple("Arithmetic", "images old new correct")
@@ -418,10 +416,10 @@ SHAPES = {  # inside or not, for u to the right and v down, -1 to 1 across the s
     "square": lambda u, v: torch.maximum(u.abs(), v.abs()) < .85,
     "triangle": lambda u, v: (v < .85) & (2 * u.abs() - v < 1),
     "diamond": lambda u, v: 1.5 * u.abs() + v.abs() < 1.1,
-    "cross": lambda u, v: (torch.minimum(u.abs(), v.abs()) < .3) & (torch.maximum(u.abs(), v.abs()) < 1),
+    "cross": lambda u, v: ((u.abs() < .3) | (v.abs() < .3)) & (u.abs() < 1) & (v.abs() < 1),
     "ring": lambda u, v: (u * u + v * v - .72).abs() < .28}
 RELATIONS = ["left of", "above"]  # two suffice: with "right of" one scene would have two captions
-WORDS = [list(COLOURS), list(SHAPES), list(COLOURS), list(SHAPES), RELATIONS]  # of a scene's numbers
+WORDS = [list(COLOURS), list(SHAPES), list(COLOURS), list(SHAPES), RELATIONS]  # of scenes
 CHOICES = torch.tensor([len(words) for words in WORDS])
 OBJECTS = torch.cartesian_prod(torch.arange(len(COLOURS)), torch.arange(len(SHAPES)))  # (48, 2)
 UNSEEN = OBJECTS[:, 0] % len(SHAPES) == OBJECTS[:, 1]  # one for each colour: never in training
@@ -431,7 +429,7 @@ JITTER = torch.tensor([[.2, .2], [.04, .15], [.15, .04]])
 
 
 def describe(scenes):
-    """The captions of scenes (N, 5): colour, shape, colour, shape, relation; -1: the first alone."""
+    """The captions of scenes (N, 5): colour, shape, colour, shape, relation (-1: one only)."""
     captions = []
     for scene in scenes.tolist():
         words = [names[k] for names, k in zip(WORDS, scene)]
@@ -460,7 +458,7 @@ def draw_scenes(scenes, size, g):
     for part in scenes.split(256):  # small enough to stay in the cache
         n = len(part)
         kind = part[:, 4] + 1
-        centre = around(PLACES[kind], JITTER[kind][:, None], n, 2, 2)[..., None]  # (n, object, xy, 1)
+        centre = around(PLACES[kind], JITTER[kind][:, None], n, 2, 2)[..., None]  # (n, 2, xy, 1)
         radius = around(.2, .03, n, 2, 1)
         image = around(.5, .15, n, 1, 1, 1).repeat(1, 3, size, size)
         for k in (0, 1):
@@ -485,8 +483,8 @@ def scene_classes(size, vocab, context, g, per_class=20):
 
 
 def scene_edits(size, vocab, context, g, queries=200):
-    """The arithmetic task: picture + text(new word) - text(old word) should find the edited scene, in
-    a pool of all queries, all edited scenes, and for each of those three that differ in one thing."""
+    """The arithmetic task: picture + text(new word) - text(old word) should find the edited scene,
+    among all queries, all edited scenes, and for each of those three that differ in one thing."""
     def change(scenes, slot):  # another value in that slot of each scene
         row = torch.arange(len(scenes))
         shift = 1 + (torch.rand(len(scenes), generator=g) * (CHOICES[slot] - 1)).long()
@@ -520,8 +518,9 @@ def scene_data(cfg):
     images = draw_scenes(scenes, size, g)
     row = torch.arange(len(scenes))
     one = torch.ones_like(row)
-    return Data(Pairs(images[:n], tokens, row[:n], one[:n]), Pairs(images[n:], tokens, row[n:], one[n:]),
-                vocab, scene_classes(size, vocab, cfg.context, g),
+    return Data(Pairs(images[:n], tokens, row[:n], one[:n]),
+                Pairs(images[n:], tokens, row[n:], one[n:]), vocab,
+                scene_classes(size, vocab, cfg.context, g),
                 scene_edits(size, vocab, cfg.context, g))
 
 
@@ -547,13 +546,14 @@ def recall(x, y, group):
 def training_loss(model, part, cfg):
     """The loss and its terms on a batch of training pairs, always the same, as a dict of floats."""
     images, texts = part.head(cfg.batch)
-    loss, terms = cgap_loss(encode(model.image, images), encode(model.text, texts),
-                            model.temperature().detach(), cfg.unif, cfg.align, cfg.xunif, cfg.center)
+    T = model.temperature().detach()
+    loss, terms = cgap_loss(encode(model.image, images), encode(model.text, texts), T,
+                            cfg.unif, cfg.align, cfg.xunif, cfg.center)
     return {name: value.item() for name, value in {"loss": loss, **terms}.items()}
 
 
 def evaluate(model, data):
-    """The gap and retrieval on the validation pairs, and the tasks of the data: a dict of floats."""
+    """The gap and retrieval on the validation pairs, the tasks of the data: a dict of floats."""
     images, texts = data.val.head(10 ** 9)
     x = embed(model.image, images)
     y = embed(model.text, texts)
@@ -639,21 +639,22 @@ def train(cfg, resume=False, model=None, quiet=False):
     resume: go on with the run in cfg.out. model: your own TwoEncoders to start from.
     Raises UserError for settings and data that cannot work, and for a loss that is not finite.
     """
-    device = pick_device(cfg.check())
-    run = open_run(cfg, resume)
+    cfg = replace(cfg, out=cfg.folder())
+    cfg.check()
+    if not resume:
+        refuse_existing(cfg.out)
+    device = pick_device(cfg)
     data = load_data(cfg)
     torch.manual_seed(cfg.seed)
     model = (model or TwoEncoders(cfg, len(data.vocab))).to(device)
     optimizer = make_optimizer(model, cfg)
-    if resume:
-        run.restore(data, model, optimizer)
-    elif cfg.init_gap == "remove":
+    run = open_run(cfg, data, model, optimizer, resume)
+    if cfg.init_gap == "remove" and not resume:
         remove_initial_gap(model, *data.train.head(2048))
-    run.describe(data)
     forward, loss_of = prepare(model, cfg)
     start = run.step
     source = batches(len(data.train.images), cfg.batch, cfg.seed, start)
-    for step in progress(run, quiet):
+    for step in tqdm(range(start, cfg.steps + 1), cfg.name(), disable=quiet or not is_main()):
         if step > start or not resume:  # measure the weights as they are ...
             measure(run, step, model, optimizer, data)
         if step == cfg.steps:
@@ -697,9 +698,11 @@ def plot_histories(histories, panels, title, path, xscale="linear"):
     for axis, (metric, ideal) in zip(axes, panels.items()):
         for (name, history), color in zip(histories.items(), itertools.cycle(COLORS)):
             steps = [record["step"] for record in history]
-            axis.plot(steps, [record[metric] for record in history], "o-", color=color, ms=3, label=name)
+            values = [record[metric] for record in history]
+            axis.plot(steps, values, "o-", color=color, markersize=3, label=name)
         axis.axhline(ideal, color="0.5", linestyle=":", label="no gap")
         axis.set(xlabel="training step", ylabel=metric.replace("_", " "), xscale=xscale)
+        axis.set_xlim(left=0)
         axis.legend(fontsize=8)
     figure.savefig(path)
 
@@ -715,8 +718,8 @@ def plot_gap(runs, path):
 
 def draw_pairs(axis, run, step):
     """Images, texts and lines between a hundred pairs, at one step, in a plane: across, from the
-    images' centroid to the texts', so that the gap is seen in full; upward, what else that direction
-    is on average over training."""
+    images' centroid to the texts', so that the gap is seen in full; upward, what else that
+    direction is on average over training."""
     gaps = {k: (both[1].float() - both[0].float()).mean(0) for k, both in run.snapshots.items()}
     mean = torch.stack(list(gaps.values())).mean(0)  # (D,)
     Q, R = torch.linalg.qr(torch.stack([gaps[step], mean], 1))
@@ -724,11 +727,12 @@ def draw_pairs(axis, run, step):
     lines = F.pad(points[:, :100], (0, 0, 0, 0, 0, 1), value=math.nan)  # nan lifts the pen
     axis.clear()
     axis.plot(*lines.transpose(0, 1).flatten(0, 1).T.numpy(), color="0.8", linewidth=0.5, zorder=1)
-    for side, name, color, marker in ((0, "images", "#0072B2", "o"), (1, "texts", "#D55E00", "^")):
-        axis.scatter(*points[side].T.numpy(), s=9, color=color, marker=marker, label=name, linewidths=0)
+    axis.plot(*points[0].T.numpy(), "o", color="#0072B2", markersize=3, label="images")
+    axis.plot(*points[1].T.numpy(), "^", color="#D55E00", markersize=3, label="texts")
     axis.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal",
              xlabel="along the gap at this step", ylabel="along its mean over training")
-    axis.set_title(f"{run.cfg.name()}, step {step}: centroids {gaps[step].norm():.2f} apart", fontsize=10)
+    apart = gaps[step].norm()
+    axis.set_title(f"{run.cfg.name()}, step {step}: centroids {apart:.2f} apart", fontsize=10)
     axis.legend(loc="lower right", fontsize=8)
 
 
@@ -765,10 +769,10 @@ def plot_spectrum(runs, path):
     title = "The nearer to the dotted line, the more evenly the dimensions are used"
     figure, (axis,) = canvas(1, 1, title, 6.4, 4.4)
     for run, color in zip(runs, itertools.cycle(COLORS)):
-        for z, style, side in zip(run.snapshots[max(run.snapshots)], ("-", "--"), ("images", "texts")):
+        for z, style in zip(run.snapshots[max(run.snapshots)], ("-", "--")):
             variance = torch.linalg.eigvalsh(torch.cov(z.float().T)).flip(0).cumsum(0)
-            axis.plot(range(1, len(variance) + 1), variance.numpy() / variance[-1].item(), style, color=color,
-                      label=f"{run.cfg.name()}, {side}")
+            axis.plot((variance / variance[-1]).numpy(), style, color=color)
+        axis.plot([], color=color, label=f"{run.cfg.name()} (texts dashed)")
     axis.plot([0, runs[0].cfg.dim], [0, 1], ":", color="0.5")
     axis.set(xlabel="principal components", ylabel="share of the variance", ylim=(0, 1.02))
     axis.legend(fontsize=8)
@@ -832,7 +836,7 @@ class Config:
     out: str = ""  # folder of the run, which must not exist; else runs/<time>-<name>
 
     def check(self):
-        """Raise UserError for the first setting that cannot work, or does nothing; return self."""
+        """Raise UserError for the first setting that cannot work, or does nothing."""
         least = {"temperature": 1e-3, "vocab": 1, "context": 1, "dim": 2, "steps": 1, "batch": 2,
                  "eval_every": 1, "checkpoint_every": 1}
         most = {"mismatch": 1, "single": 1}
@@ -850,7 +854,8 @@ class Config:
             raise UserError(f"--init-gap is `keep` or `remove`, not `{self.init_gap}`")
         if self.learn_temperature and self.temperature < 0.01:
             raise UserError("--learn-temperature needs a --temperature of 0.01 or above")
-        return self
+        if self.batch % world_size():
+            raise UserError(f"--batch {self.batch} cannot be split over {world_size()} processes")
 
     def name(self):
         """The loss in short, for folders and legends."""
@@ -873,7 +878,7 @@ def option(name):
 # 9. Photographs: MS-COCO or a CSV file, decoded once into a cache that later runs map
 # --------------------------------------------------------------------------------------------------
 def read_coco(folder, split):
-    """{image path: [captions]} of `train` or `val` in COCO's 2014 or 2017 layout; {} if not there."""
+    """{image path: [captions]} of `train` or `val` in COCO's 2014 or 2017 layout, or {}."""
     captions = {}
     for file in folder.glob(f"annotations/captions_{split}20[0-9][0-9].json"):
         content = json.loads(file.read_bytes())
@@ -901,13 +906,13 @@ def read_pairs(source):
         if not train:
             raise KeyError("no annotations/captions_train20xx.json, no rows")
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"{source} is neither COCO's folder nor a CSV file in UTF-8 with the header "
-                        f"image,caption ({type(error).__name__}: {error})") from None
+        raise UserError(f"{source} is neither COCO's folder nor a CSV file in UTF-8 with the "
+                        f"header image,caption ({type(error).__name__}: {error})") from None
     return [{path: train[path] for path in train if path not in val}, val]
 
 
 def load_photo(path, size):
-    """The image as people see it (upright, its first frame, on white where it is transparent), scaled
+    """The image as people see it (upright, its first frame, white where it is transparent), scaled
     and centre-cropped: (3, size, size) uint8. Raises OSError where it cannot be read."""
     from PIL import Image, ImageOps
     try:
@@ -918,10 +923,10 @@ def load_photo(path, size):
                 image = image.point(lambda value: value / 256).convert("L")
             image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.Resampling.BICUBIC)
             white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image).convert("RGB")
+            pixels = Image.alpha_composite(white, image).convert("RGB").tobytes()
     except Exception as error:  # a broken file may raise anything
         raise OSError(f"{path} ({error or type(error).__name__})") from None
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    pixels = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
     return pixels.view(size, size, 3).permute(2, 0, 1)
 
 
@@ -930,7 +935,7 @@ def photo_data(cfg):
     source = Path(cfg.data).absolute()
     size = cfg.image_size or 64
     if source.is_file():
-        files = [source, *read_csv(source)]
+        files = [source, *read_pairs(source)[0]]
     else:
         files = itertools.chain.from_iterable(os.scandir(folder) for folder in source.glob("*/"))
     # The name is a hash of all that decides the content, so that a stale cache is never found.
@@ -938,19 +943,18 @@ def photo_data(cfg):
     for file in sorted(filter(os.path.exists, map(os.fspath, files))):
         state += [file, os.stat(file).st_size, os.stat(file).st_mtime_ns]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
-    home = Path(cfg.cache or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/cgap").expanduser()
-    cache = home / f"{source.stem}-{key}.pt"
+    home = cfg.cache or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/cgap"
+    cache = Path(home).expanduser() / f"{source.stem}-{key}.pt"
     if not cache.exists():
         save_whole(decode(read_pairs(source), cfg, size), cache)
     found = torch.load(cache, weights_only=True, mmap=True)
     if found["faults"] and is_main():
         print("warning: left out are", *found["faults"], sep="\n  ", file=sys.stderr)
-    n = found["n"]
-    first = found["first"]
-    count = found["count"]
-    return Data(Pairs(found["images"][:n], found["tokens"], first[:n], count[:n]),
-                Pairs(found["images"][n:], found["tokens"], first[n:], count[n:]),
-                found["vocab"], folder_classes(cfg, size, found["vocab"]), None)
+    splits = []
+    for rows in (slice(found["n"]), slice(found["n"], None)):
+        splits.append(Pairs(found["images"][rows], found["tokens"], found["first"][rows],
+                            found["count"][rows]))
+    return Data(*splits, found["vocab"], folder_classes(cfg, size, found["vocab"]), None)
 
 
 def decode(splits, cfg, size):
@@ -966,11 +970,11 @@ def decode(splits, cfg, size):
         except OSError as error:
             return str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: Pillow decodes without the GIL
         faults = list(tqdm(pool.map(load, range(len(pairs))), "decoding", len(pairs), unit="image"))
     good = [i for i, fault in enumerate(faults) if not fault]
     faults = list(filter(None, faults))
-    if len(faults) >= max(1, len(pairs) / 10):
+    if len(faults) > len(pairs) / 10:
         raise UserError(f"{len(faults)} of {len(pairs)} images cannot be read, such as {faults[0]}")
     n = sum(i < len(train) for i in good)
     count = torch.tensor([len(pairs[i][1]) for i in good])
@@ -984,27 +988,28 @@ def decode(splits, cfg, size):
 
 
 def folder_classes(cfg, size, vocab):
-    """The zero-shot task from a folder of images per class; prompts "a photo of a <folder name>"."""
+    """The zero-shot task from a folder of images per class: "a photo of a <folder name>"."""
     if not cfg.zero_shot:
         return None
     from torchvision.datasets import ImageFolder
     folder = ImageFolder(cfg.zero_shot, loader=lambda path: load_photo(path, size))
     images = torch.stack([image for image, _ in folder])
     prompts = [f"a photo of a {name.replace('_', ' ')}" for name in folder.classes]
-    return ZeroShot(images, torch.tensor(folder.targets), tokenize(prompts, vocab, cfg.context), None)
+    tokens = tokenize(prompts, vocab, cfg.context)
+    return ZeroShot(images, torch.tensor(folder.targets), tokens, None)
 
 
 def load_data(cfg):
     """The Data that cfg names, on the CPU. Raises UserError where it cannot be used."""
     if not is_main():
-        barrier()  # the first process makes the cache of photographs, the others find it
+        torch.distributed.barrier()  # the first process makes the cache, the others find it
     data = scene_data(cfg) if cfg.data == "synthetic" else photo_data(cfg)
-    if is_main():
-        barrier()
+    if is_main() and world_size() > 1:
+        torch.distributed.barrier()
     train = data.train
     if len(train.images) < cfg.batch or len(data.val.images) < 5:
-        raise UserError(f"{len(train.images)} training and {len(data.val.images)} validation images "
-                        f"are too few: --batch {cfg.batch} are needed, and 5 to measure a gap")
+        raise UserError(f"{len(train.images)} training and {len(data.val.images)} validation "
+                        f"images are too few for --batch {cfg.batch}, or to measure a gap (5)")
     partner = mismatched(len(train.images), cfg.mismatch, torch.Generator().manual_seed(cfg.seed))
     train.first = train.first[partner]
     train.count = train.count[partner]
@@ -1017,30 +1022,19 @@ def load_data(cfg):
 # --------------------------------------------------------------------------------------------------
 # 10. Devices and processes
 # --------------------------------------------------------------------------------------------------
-def rank():
-    """The number of this process, of those that torchrun has started."""
-    return int(os.environ.get("RANK", 0))
-
-
 def world_size():
-    """How many processes there are."""
+    """How many processes torchrun has started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main():
     """Whether this process is the one that measures, writes and shows progress."""
-    return rank() == 0
-
-
-def barrier():
-    """Wait until all processes are here."""
-    if world_size() > 1:
-        torch.distributed.barrier()
+    return os.environ.get("RANK", "0") == "0"
 
 
 def share(rows):
     """This process's part of the rows of a batch."""
-    return rows[rank()::world_size()]
+    return rows[int(os.environ.get("RANK", 0))::world_size()]
 
 
 def gather(rows):
@@ -1053,18 +1047,19 @@ def pick_device(cfg):
     """The torch.device that cfg names, once this process has joined the others."""
     name = cfg.device
     if name == "auto":
-        name = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; try --device cpu") from None
-    if cfg.batch % world_size():
-        raise UserError(f"--batch {cfg.batch} cannot be split over {world_size()} processes")
+        message = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {message}; try --device cpu") from None
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # before any parallel work, or only this thread does
-    else:
-        torch.accelerator.set_device_index(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world_size() > 1 and not torch.distributed.is_initialized():
         # A day: the others wait while the first decodes photographs, or evaluates.
         torch.distributed.init_process_group(timeout=timedelta(days=1))
@@ -1107,35 +1102,25 @@ class Run:
     model: dict
     optimizer: dict
 
-    def restore(self, data, model, optimizer):
-        """Load a checkpoint's weights."""
-        if self.vocab != data.vocab:
-            raise UserError(f"{self.cfg.out} was trained on other words than {self.cfg.data} has now")
-        model.load_state_dict(self.model)
-        optimizer.load_state_dict(self.optimizer)
-
-    def describe(self, data):
-        """Keep of the data what figures and users need."""
-        images, tokens = data.val.head(12)
-        rows = tokens.tolist() if data.val.tokens is not None else [[]] * 12
-        self.vocab = data.vocab
-        self.samples = [images, [" ".join(data.vocab[k] for k in row if k) for row in rows]]
-
     def log(self, step, measured):
         """Add an evaluation to the history, and write it down."""
-        seconds = time.perf_counter() - self.began
+        seconds = self.seconds + time.perf_counter() - self.began
         before = self.history[-1] if self.history else {"step": 0, "seconds": 0}
         speed = (step - before["step"]) * self.cfg.batch / (seconds - before["seconds"])
-        self.history.append({"step": step, **measured, "seconds": seconds, "images_per_second": speed})
+        measured |= {"seconds": seconds, "images_per_second": speed}
+        self.history.append({"step": step, **measured})
         out = Path(self.cfg.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1) + "\n")
-        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        lines = [json.dumps(record) + "\n" for record in self.history]
+        (out / "metrics.jsonl").write_text("".join(lines))
 
     def save(self, step, model, optimizer):
         """Write the checkpoint."""
+        now = time.perf_counter()
         self.step = step
-        self.seconds = time.perf_counter() - self.began
+        self.seconds += now - self.began
+        self.began = now
         self.model = model.state_dict()
         self.optimizer = optimizer.state_dict()
         content = {f.name: getattr(self, f.name) for f in fields(self)} | {"cfg": asdict(self.cfg)}
@@ -1176,89 +1161,84 @@ def load_model(run):
     return model
 
 
-def open_run(cfg, resume):
-    """A new Run or, to resume, the one in cfg.out."""
+def open_run(cfg, data, model, optimizer, resume):
+    """A new Run or, to resume, that in cfg.out, its weights put into model and optimizer."""
     if resume:
-        run = load_run(cfg.out)
+        run = replace(load_run(cfg.out), cfg=cfg)
+        if run.vocab != data.vocab:
+            raise UserError(f"{cfg.out} was trained on other words than {cfg.data} has now")
+        model.load_state_dict(run.model)
+        optimizer.load_state_dict(run.optimizer)
     else:
-        cfg = replace(cfg, out=cfg.folder())
-        if Path(cfg.out).exists():
-            raise UserError(f"--out {cfg.out} exists already, and no run is written over: name another")
-        run = Run(cfg, __version__, [], [], 0, 0.0, [], {}, {}, {})
-    run.cfg = cfg
-    run.began = time.perf_counter() - run.seconds
+        images, tokens = data.val.head(12)
+        rows = tokens.tolist() if data.val.tokens is not None else [[]] * 12
+        captions = [" ".join(data.vocab[k] for k in row if k) for row in rows]
+        run = Run(cfg, __version__, data.vocab, [images, captions], 0, 0.0, [], {}, {}, {})
+    run.began = time.perf_counter()
     return run
 
 
-def progress(run, quiet):
-    """The steps that are left, with a bar that shows the last evaluation."""
-    with tqdm(desc=run.cfg.name(), initial=run.step, total=run.cfg.steps, unit="step",
-              disable=quiet or not is_main()) as bar:
-        for step in range(run.step, run.cfg.steps + 1):
-            for last in run.history[-1:]:
-                bar.set_postfix_str(f"separability {last['linear_separability']:.3f}", refresh=False)
-            yield step
-            bar.update()
+def refuse_existing(folder):
+    """Raise UserError if the folder is there: no run is written over."""
+    if Path(folder).exists():
+        raise UserError(f"--out {folder} exists already: name another, or --resume {folder}")
 
 
 def require_finite(loss, step, run):
-    """Raise UserError if the loss is nan or infinite: before a checkpoint could keep such weights."""
+    """Raise UserError if the loss is not: before a checkpoint could keep such weights."""
     if not math.isfinite(loss):
-        raise UserError(f"the loss is not finite at step {step}: lower --lr or raise --temperature; "
-                        f"{run.cfg.out} keeps the last good weights")
+        raise UserError(f"the loss is not finite at step {step}: lower --lr or raise "
+                        f"--temperature; {run.cfg.out} keeps the last good weights")
 
 
 # --------------------------------------------------------------------------------------------------
 # 12. The command line
 # --------------------------------------------------------------------------------------------------
-def ideal(name, dim):
-    """The value that a metric has where it cannot be better."""
-    best = {"centroid_distance": 0, "linear_separability": 0.5, "linear_separability_c100": 0.5,
-            "alignment": 0, "effective_rank_image": dim, "effective_rank_text": dim}
-    return best.get(name, uniform_optimum(dim) if "uniformity" in name else 1)
-
-
 def report(run):
     """Print what a run has changed: each metric at the start and at the end, beside its ideal."""
     first = run.history[0]
     last = run.history[-1]
+    dim = run.cfg.dim
+    ideal = {"centroid_distance": 0, "linear_separability": 0.5, "linear_separability_c100": 0.5,
+             "alignment": 0, "uniformity_image": uniform_optimum(dim),
+             "uniformity_text": uniform_optimum(dim), "cross_uniformity": uniform_optimum(dim),
+             "effective_rank_image": dim, "effective_rank_text": dim}
     print(f"\n{run.cfg.name()}, {last['step']} of {run.cfg.steps} steps, seed {run.cfg.seed}, "
-          f"{last['seconds']:.0f} s, loss {last['loss']:.3f}\n{'start':>34}{'end':>10}{'ideal':>10}")
-    for name in last:
-        if name not in ("step", "loss", "clip", "align", "unif", "xunif", "seconds", "images_per_second"):
-            best = "" if "temperature" in name else f"{ideal(name, run.cfg.dim):10.3f}"
-            print(f"{name:24}{first[name]:10.3f}{last[name]:10.3f}{best}")
-
-
-def plot(runs, folder):
-    """All figures of a run, or of several laid over each other, into a folder."""
-    if len({run.cfg.dim for run in runs}) > 1:
-        raise UserError("--plot lays runs over each other that have the same --dim")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        draw(runs, folder / name)
-        print(folder / name)
+          f"{last['seconds']:.0f} s\n{'start':>34}{'end':>10}{'ideal':>10}")
+    for name in list(last)[6:-2]:  # all metrics: before them come the step and the loss
+        print(f"{name:24}{first[name]:10.3f}{last[name]:10.3f}{ideal.get(name, 1):10.3f}")
 
 
 def points(folder, **settings):
     """Run the smallest gap, print its table and draw it."""
-    histories = {}
     torch.set_num_threads(1)  # so little work is not worth sharing
     torch.set_flush_denormal(True)
-    print(f"{'separability':26}{'start':>8}{'step 20':>9}{'end':>8}{'uniformity':>12}{'effective T':>13}")
+    histories = {}
+    print(f"{'linear separability':26}   start step 20     end   uniformity  effective T")
     for loss, weight in (("CLIP", 0.0), ("CUA", 1.0)):
         for offset in (False, True):
             name = f"{loss}, {'with' if offset else 'without'} an offset"
             history = smallest_gap(offset, unif=weight, align=weight, **settings)
             histories[name] = history
-            last = history[-1]
             early = [record["linear_separability"] for record in history if record["step"] <= 20]
-            print(f"{name:26}{early[0]:8.2f}{early[-1]:9.2f}{last['linear_separability']:8.2f}"
-                  f"{last['uniformity_image']:12.2f}{last['effective_temperature']:13.3f}")
+            last = history[-1]
+            print(f"{name:26}{early[0]:8.2f}{early[-1]:8.2f}{last['linear_separability']:8.2f}"
+                  f"{last['uniformity_image']:13.2f}{last['effective_temperature']:13.3f}")
     folder.mkdir(parents=True, exist_ok=True)
     plot_histories(histories, {"linear_separability": 0.5, "centroid_distance": 0},
-                   "Free points: does a gap open where there was none?", folder / "points.png", "symlog")
+                   "Free points: does a gap open?", folder / "points.png", "symlog")
     print(folder / "points.png")
+
+
+def plot(folders, out):
+    """All figures of a run, or of several laid over each other."""
+    runs = [load_run(folder) for folder in folders]
+    if len({run.cfg.dim for run in runs}) > 1:
+        raise UserError("--plot lays runs over each other that have the same --dim")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, draw in FIGURES.items():
+        draw(runs, out / name)
+        print(out / name)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1272,45 +1252,36 @@ def parse(argv):
     """The flags that were given, as a dict: fields of Config, and what to do but a new run."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    parser.add_argument("--points", action="store_true", help="the smallest gap: no encoders at all")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder as it was set")
-    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw a run, or several over each other")
-    help_of = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser.add_argument("--points", action="store_true", help="the smallest gap: no encoders")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw a run, or several as one")
+    comments = re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M)
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        parser.add_argument(option(f.name), help=f"{help_of[f.name]} (default: {f.default})", **kind)
+        text = f"{dict(comments)[f.name]} (default: {f.default})"
+        parser.add_argument(option(f.name), help=text, **kind)
     return vars(parser.parse_args(argv))
-
-
-def allow(given, *names, by):
-    """Raise UserError if other flags were given than those of these names."""
-    for name in given.keys() - set(names):
-        raise UserError(f"{option(name)} does nothing with {by}: leave it out")
 
 
 def run_command(given):
     """Do what the flags say."""
-    if given.pop("points", False):
-        allow(given, "temperature", "dim", "seed", "steps", "batch", "mismatch", "out", by="--points")
+    mode = next((name for name in ("points", "plot", "resume") if name in given), None)
+    useful = {"points": {"temperature", "dim", "seed", "steps", "batch", "mismatch", "out"},
+              "plot": {"out"}, "resume": {"device"}, None: given.keys()}
+    for name in given.keys() - useful[mode] - {mode}:
+        raise UserError(f"{option(name)} does nothing with {option(mode)}: leave it out")
+    what = given.pop(mode, None)
+    if mode == "points":
         Config(**given).check()
         return points(Path(given.pop("out", "runs/points")), **given)
-    if "plot" in given:
-        allow(given, "plot", "out", by="--plot")
-        folders = given["plot"]
-        return plot([load_run(folder) for folder in folders],
-                    Path(given.get("out", folders[0] if len(folders) == 1 else "runs/plot")))
-    if "resume" in given:
-        allow(given, "resume", "device", by="--resume, which goes on as the run was set")
-        out = given.pop("resume")
-        cfg = replace(load_run(out).cfg, out=out, **given)
-        train(cfg, resume=True)
-    else:
-        cfg = Config(**given)
-        cfg.out = cfg.folder()
-        train(cfg)
+    if mode == "plot":
+        return plot(what, Path(given.get("out", what[0] if len(what) == 1 else "runs/plot")))
+    cfg = replace(load_run(what).cfg, out=what, **given) if mode else Config(**given)
+    cfg.out = cfg.folder()
+    train(cfg, resume=mode == "resume")
     if is_main():
         report(load_run(cfg.out))
-        plot([load_run(cfg.out)], Path(cfg.out))
+        plot([cfg.out], Path(cfg.out))
 
 
 def main(argv=None):
@@ -1318,8 +1289,7 @@ def main(argv=None):
     try:
         run_command(parse(argv))
     except KeyboardInterrupt:
-        print("interrupted; `python cgap.py --resume RUN` goes on from the last checkpoint of its folder",
-              file=sys.stderr)
+        print("interrupted; `--resume RUN` goes on from its last checkpoint", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         print("cgap.py: error:", " ".join(str(error).split()), file=sys.stderr)

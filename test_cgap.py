@@ -3,6 +3,7 @@
 the real script, run as a user runs it."""
 
 import csv
+import importlib
 import json
 import math
 import multiprocessing
@@ -694,11 +695,11 @@ def test_runs_start_with_or_without_a_gap_and_are_plotted_together(runs, capsys)
 def test_pictures_show_the_gap_in_full_at_every_step():
     apart = torch.tensor([-1, 1])[:, None, None] * draw(8, seed=9)
     snapshots = {k: F.normalize(draw(2, 40, 8, seed=k) + apart, dim=2).half() for k in (0, 1, 2)}
-    run = replace(cgap.open_run(Config(out="new"), False), snapshots=snapshots)
+    run = cgap.Run(Config(), "", [], [], 0, 0.0, [], snapshots, {}, {})
     for step, (images, texts) in snapshots.items():
         _, (axis,) = cgap.canvas(1, 1, "", 4, 4)
         cgap.draw_pairs(axis, run, step)
-        left, right = (torch.tensor(points.get_offsets().data).mean(0) for points in axis.collections)
+        left, right = (torch.tensor(line.get_xydata()).mean(0) for line in axis.lines[-2:])
         across, upward = right - left
         assert across == pytest.approx((texts.float() - images.float()).mean(0).norm().item(), rel=1e-4)
         assert abs(upward) < 1e-4
@@ -926,3 +927,49 @@ def test_torchrun_on_two_processes_gives_the_curve_of_one(tmp_path, runs):
 def test_a_batch_that_cannot_be_split_is_an_error(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
     refused(capsys, flags(**RUN, out="out"), "--batch 12", "5 processes")
+
+
+# ==================================================================================================
+# 4. The claims and what is quoted of them
+# ==================================================================================================
+@pytest.fixture
+def reproduce(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(cgap.__file__).parent / "figures"))
+    return importlib.import_module("reproduce")
+
+
+def test_the_gallery_is_made_of_the_results_and_the_readme_quotes_it(reproduce):
+    results = json.loads((reproduce.HERE / "results.json").read_text(encoding="utf-8"))
+    gallery = (reproduce.HERE / "README.md").read_text(encoding="utf-8")
+    assert reproduce.gallery(results) == gallery and results.keys() == reproduce.CLAIMS.keys()
+    assert all((reproduce.HERE / f"{name}.png").stat().st_size > 10_000 for name in reproduce.CLAIMS)
+    readme = (reproduce.HERE.parent / "README.md").read_text(encoding="utf-8")
+    quoted = [line for line in readme.splitlines() if line.startswith("| ") and "±" in line]
+    assert quoted and not [line for line in quoted if line not in gallery]
+
+
+def test_claims_run_once_whatever_the_comments_say(reproduce, tmp_path, monkeypatch):
+    tiny = {"steps": 2, "limit": 64, "batch": 16, "image_size": 8}
+    claim = type(reproduce.CLAIMS["losses"])("title", {"CLIP": tiny, "tuned": {**tiny, "model": "kept", "source": "CLIP"}},
+                                             [("alignment", "CLIP", "tuned")], ("alignment", "zero_shot"))
+    monkeypatch.setattr(reproduce, "CLAIMS", {"tiny": claim})
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "tiny", "--seeds", "1"])
+    reproduce.main()
+    first = {path: path.stat().st_mtime_ns for path in Path("runs/reproduce").glob("*.json")}
+    made = json.loads(Path("results.json").read_text())
+    reproduce.main()
+    assert len(first) == 2 and first == {path: path.stat().st_mtime_ns for path in first}
+    assert json.loads(Path("results.json").read_text()) == made and Path("tiny.png").exists()
+    assert "python figures/reproduce.py tiny --seeds 1" in Path("README.md").read_text(encoding="utf-8")
+    text = Path(cgap.__file__).read_text()
+    assert reproduce.code(text.replace("# (N, N)", "# N x N").replace('"""All measures', '"""Every measure')) == reproduce.CODE
+    assert reproduce.code(text.replace("temperature=0.01, unif", "temperature=0.02, unif")) != reproduce.CODE
+
+
+def test_a_check_holds_if_the_paired_difference_exceeds_its_spread(reproduce):
+    result = {"runs": {"a": [[{"m": 0.0}, {"m": v}] for v in (.4, .7, 1.0)], "b": [[{"m": 0}, {"m": v}] for v in (.3, .6, .9)]}}
+    for check, word in ((("m", "a", "b"), "holds at every seed"), (("m", "b", "a"), "**does not hold**"),
+                        (("m", "a", "b", .2), "**does not hold**"), (("m", "a", 0.5), "**does not hold**"),
+                        (("m", "a", "a, at the start"), "holds at every seed")):
+        assert word in reproduce.verdict(result, *check)[0], check

@@ -20,7 +20,6 @@ import platform
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -57,14 +56,11 @@ def make_model(kind, cfg, source):
                    if name != "log_scale" and not (kind == "fresh" and "projection" in name)}
         model.load_state_dict(weights, strict=False)
     for encoder in (model.image, model.text):
-        if kind == "projection without bias":
-            encoder.projection.bias.data.zero_().requires_grad_(False)
-            encoder.projection.bias.requires_grad_(False)
-        if kind == "no biases":
-            for name, p in encoder.named_parameters():
-                if name.endswith("bias"):
-                    p.data.zero_()
-                    p.requires_grad_(False)
+        for name, p in encoder.named_parameters():
+            if kind == "no biases" and name.endswith("bias") or (
+                    kind == "projection without bias" and name == "projection.bias"):
+                p.data.zero_()
+                p.requires_grad_(False)
         if kind == "fast bias":
             layer = FastBias(encoder.projection.in_features, cfg.dim)
             layer.weight = encoder.projection.weight
@@ -99,13 +95,18 @@ def run(job):
 
 
 # ---- all of them ----
-def code():
-    """What decides the numbers of a run: cgap.py up to its figures, without comments and docstrings."""
-    tree = ast.parse((HERE.parent / "cgap.py").read_text().split("\n# 7. Figures")[0])
+def code(text):
+    """What of cgap.py decides the numbers of a run: all up to its figures, but for imports, comments
+    and docstrings."""
+    tree = ast.parse(text.split("\n# 7. Figures")[0])
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             node.body = node.body[1:]
+    tree.body = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
     return ast.dump(tree)
+
+
+CODE = code((HERE.parent / "cgap.py").read_text(encoding="utf-8"))
 
 
 def job_of(claim, label, seed, known):
@@ -113,7 +114,7 @@ def job_of(claim, label, seed, known):
     row = dict(claim.runs[label])
     model, source = row.pop("model", None), row.pop("source", None)
     source = source and job_of(claim, source, seed, known)["folder"]
-    what = json.dumps([code(), claim.points, sorted(row.items()), model, source, seed])
+    what = json.dumps([CODE, claim.points, sorted(row.items()), model, source, seed])
     folder = "runs/reproduce/" + hashlib.sha256(what.encode()).hexdigest()[:12]
     job = {"points": claim.points, "settings": row, "seed": seed, "folder": folder, "model": model,
            "source": source}
@@ -156,15 +157,21 @@ def mean_std(numbers):
 
 
 def verdict(result, metric, more, less, by=0.0):
-    """(text, whether it holds): is the metric of `more` above that of `less` by more than `by`?"""
+    """(text, whether it holds): is the metric of `more` above that of `less`? If the difference,
+    paired by seed, is on average more than `by`, and more than its standard deviation above 0 (or
+    above `by`, where that is negative)."""
     a, b = values(result, more, metric), values(result, less, metric)
-    n = max(1, min(len(z) for z in (a, b) if len(z) > 1)) if max(len(a), len(b)) > 1 else 1
+    n = min(len(z) for z, what in ((a, more), (b, less)) if not isinstance(what, (int, float)))
     difference = (a[:n] if len(a) > 1 else a) - (b[:n] if len(b) > 1 else b)
-    holds = bool((difference.mean() > by) & (difference.mean() - by > (difference.std() if n > 1 else 0)))
-    every = bool((difference > by).all())
-    word = "holds at every seed" if holds and every else "holds on average" if holds else "**does not hold**"
+    floor = min(by, 0.0)
+    spread = difference.std() if n > 1 else 0.0
+    holds = bool(difference.mean() > by and difference.mean() - floor > spread)
+    word = "**does not hold**"
+    if holds:
+        word = "holds at every seed" if bool((difference > floor).all()) else "holds on average"
+    name = NAMES.get(metric, metric).replace("_", " ")
     margin = f" by {by:g}" if by else ""
-    return f"{NAMES.get(metric, metric)}: {more} > {less}{margin}: {word} ({mean_std(difference)})", holds
+    return f"{name}: {more} > {less}{margin}: {word} ({mean_std(difference)})", holds
 
 
 def table(claim, result):
@@ -188,7 +195,7 @@ def draw(name, claim, result, path):
         return cgap.plot_histories(mean, panels, title, path, "symlog")
     if claim.picture == "thermostat":
         return draw_thermostat(result, title, path)
-    shown = claim.shown[:8]
+    shown = [metric for metric in claim.shown if metric != "linear_separability_c100"][:8]
     labels = list(result["runs"])
     rows = (len(shown) + 3) // 4
     figure, axes = cgap.canvas(rows, -(-len(shown) // rows), title, 11, 1 + rows * (0.8 + 0.26 * len(labels)))
