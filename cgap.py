@@ -30,7 +30,7 @@ import textwrap
 import time
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def check_pairs(x, y, least):
 def uniformity(x, y, t=2.0):
     """log mean_{i != j} exp(-t |x_i - y_j|^2) of unit vectors (N, D): a scalar, -4t to 0.
 
-    0 if all are one point, lower the farther apart they are; the larger t, the more the nearest
+    0 if all are one point, lower the farther apart they are; the larger t, the more do near pairs
     count. Of one modality: uniformity(x, x). Source: Wang & Isola, arXiv 2005.10242.
     """
     N = len(x)
@@ -91,7 +91,7 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
     """
     check_pairs(x, y, least=2)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):  # bfloat16 is off by .002: at T = 0.01 by .2
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16: logits off by .2
         x = x.to(dtype)
         y = y.to(dtype)
         if center:
@@ -137,9 +137,9 @@ def fit_logistic(z, labels, C=1.0):
 
 
 def linear_separability(x, y, C=1.0):
-    """Accuracy, 0 to 1, of a logistic regression that tells x from y, unit vectors (N, D), float64:
-    fit on 80 % of the pairs, tested on the others. 1 is a complete gap, 0.5 is none. The authors
-    use C = 1, which is strict for unit vectors; 100 finds smaller gaps."""
+    """Accuracy, 0 to 1, of a logistic regression that tells x from y, unit vectors (N, D), float64,
+    on the CPU: fit on 80 % of the pairs, tested on the others. 1 is a complete gap, 0.5 is none.
+    The authors use C = 1, whose penalty keeps w small and misses tiny gaps; 100 finds them."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     z = F.pad(torch.stack([x, y]), (0, 1), value=1.0)[:, order]  # (2, N, D + 1)
     cut = int(0.8 * len(x))  # by pair: both halves of a pair are on one side
@@ -158,11 +158,12 @@ def effective_rank(x):
 def effective_temperature(x, y, temperature):
     """T / sqrt((1 - |mean x|^2) (1 - |mean y|^2)) of unit vectors (N, D): the T that softmax feels.
 
-    A vector that all of x share adds the same to all their cosines; only what is left of x without
-    it, of mean square 1 - |mean x|^2, tells one from another. So a narrow space is a warm softmax.
+    Without its mean, x has a mean square of 1 - |mean x|^2: only that tells one x from another. So
+    cosines are a constant plus sqrt((1 - |mean x|^2) (1 - |mean y|^2)) times those of what is left,
+    the constant cancels in the softmax, and T is divided by the root: a narrow space is warm.
     """
     left = (1 - x.mean(0).square().sum()) * (1 - y.mean(0).square().sum())
-    return float(temperature / left.detach().sqrt())
+    return float(temperature / left.detach().clamp(min=1e-12).sqrt())
 
 
 @torch.no_grad()
@@ -174,8 +175,8 @@ def gap_metrics(x, y):
     matched_cosine, alignment  mean x_i . y_i, -1 to 1; mean |x_i - y_i|^2, 0 to 4
     uniformity_image, uniformity_text, cross_uniformity   -8 to 0, of 5,000 pairs at the most
     effective_rank_image, effective_rank_text             1 to D
-    They are normalised here. Raises ValueError as cgap_loss does, for fewer than 5 pairs, and for
-    values that are not finite. Source: the paper; the first two as in the authors' code.
+    x and y are normalised here. Raises ValueError as cgap_loss does, for fewer than 5 pairs, and
+    for values that are not finite. Source: the paper; the first two as in the authors' code.
     """
     check_pairs(x, y, least=5)
     x = F.normalize(x.detach().cpu().double(), dim=1)  # the CPU first: MPS has no float64
@@ -212,17 +213,19 @@ def uniform_optimum(d, t=2.0):
 
 # --------------------------------------------------------------------------------------------------
 # 3. The smallest gap: no encoders, only points that the loss may move as it likes. Left alone, they
-# open none. Give each side one vector that all of its points share, as biases and activations give
-# it to an encoder, and a complete gap is there within 20 steps. Why? At T = 0.01 the softmax is too
-# cold for pairs that do not fit yet, and moving a whole side is the cheapest way to warm it.
+# open none. Let each side learn one vector that all of its points share, as biases and activations
+# are in an encoder, and a complete gap is there within 20 steps. Why? At T = 0.01 the softmax is
+# too cold for pairs that do not fit yet, and a shared vector warms it (effective_temperature). The
+# two of them are learned apart, so they point apart: that is the gap.
 # --------------------------------------------------------------------------------------------------
 def smallest_gap(offset=True, unif=0.0, align=0.0, xunif=0.0, temperature=0.01, dim=128, n=512,
                  batch=64, steps=600, seed=0, mismatch=0.0):
-    """Train n pairs of free points, with or without an offset that all of a side share.
+    """Train n pairs of free points, with or without an offset, at first 0, that a side shares.
 
-    temperature: a number, or a function of the step. mismatch: the share permuted at each step.
+    temperature: a number, or a function of the step. mismatch: the share of y that is permuted,
+    anew at each step.
     Both sides start in the same cone, so without a gap. Returns a dict for each measurement:
-    `step`, `effective_temperature`, gap_metrics. In d = 2 the sides may end at opposite points.
+    `step`, `effective_temperature`, gap_metrics. In d = 2 wide gaps cannot close: no way around.
     """
     g = torch.Generator().manual_seed(seed)
     cone = torch.randn(dim, generator=g) / dim ** 0.5
@@ -281,7 +284,7 @@ class TextEncoder(nn.Module):
     def __init__(self, dim, vocab, context, width=128, heads=4):
         super().__init__()
         self.token = nn.Embedding(vocab, width, padding_idx=0)
-        self.position = nn.Parameter(torch.randn(context, width))  # as large as words
+        self.position = nn.Parameter(torch.randn(context, width))  # as large as word embeddings
         self.body = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu",
                                                batch_first=True, norm_first=True)
         self.norm = nn.LayerNorm(width)
@@ -330,10 +333,11 @@ def encode(encoder, inputs, size=256):
 
 
 def remove_initial_gap(model, images, texts):
-    """Lay the second encoder's cloud onto the first's, in place: the paper's idealised start.
+    """Lay the second encoder's cloud onto the first's, in place: the paper's idealised start, to
+    see whether training opens a gap where there is none.
 
-    Its projection is changed so that on these pairs the means become equal, and the spreads, and
-    the orthogonal R minimises |(y - mean y) R - (x - mean x)| (Procrustes). The paper does not
+    Its projection is changed so that on these pairs mean and spread become those of x, turned by
+    the orthogonal R that minimises |(y - mean y) R - (x - mean x)| (Procrustes). The paper does not
     mention the spread: it matters since embeddings are normalised afterwards.
     """
     x = encode(model.image, images).cpu().double()
@@ -370,7 +374,7 @@ class Pairs:
     def batch(self, i, turn=0):
         """(images, tokens) of the images i (B,), each with one of its captions, in turn; tokens are
         no wider than the longest of them."""
-        images = self.images[i.to(self.images.device)]
+        images = self.images[i]
         if self.tokens is None:
             return images, images
         tokens = self.tokens[self.first[i] + turn % self.count[i]]
@@ -544,7 +548,7 @@ def recall(x, y, group):
 
 
 def training_loss(model, part, cfg):
-    """The loss and its terms on a batch of training pairs, always the same, as a dict of floats."""
+    """The loss and its terms on the first training pairs, one batch, as a dict of floats."""
     images, texts = part.head(cfg.batch)
     T = model.temperature().detach()
     loss, terms = cgap_loss(encode(model.image, images), encode(model.text, texts), T,
@@ -710,16 +714,19 @@ def plot_histories(histories, panels, title, path, xscale="linear"):
 def plot_gap(runs, path):
     """The gap over time."""
     ends = [f"{run.history[-1]['linear_separability']:.0%} ({run.cfg.name()})" for run in runs]
+    names = [run.cfg.name() for run in runs]
+    if len(set(names)) < len(names):
+        names = [run.cfg.out for run in runs]
     panels = {"centroid_distance": 0, "linear_separability": 0.5, "alignment": 0,
               "uniformity_image": uniform_optimum(runs[0].cfg.dim)}
-    plot_histories({run.cfg.name(): run.history for run in runs}, panels,
+    plot_histories(dict(zip(names, [run.history for run in runs])), panels,
                    "A linear classifier tells images from texts in " + ", ".join(ends), path)
 
 
 def draw_pairs(axis, run, step):
     """Images, texts and lines between a hundred pairs, at one step, in a plane: across, from the
-    images' centroid to the texts', so that the gap is seen in full; upward, what else that
-    direction is on average over training."""
+    images' centroid to the texts', so that the gap is seen in full; upward, what is left
+    of that direction's mean over training without the first."""
     gaps = {k: (both[1].float() - both[0].float()).mean(0) for k, both in run.snapshots.items()}
     mean = torch.stack(list(gaps.values())).mean(0)  # (D,)
     Q, R = torch.linalg.qr(torch.stack([gaps[step], mean], 1))
@@ -754,9 +761,9 @@ def animate(runs, path):
     figure.set_dpi(80)
     agg = FigureCanvasAgg(figure)
     frames = []
-    for step in sorted(set.intersection(*(set(run.snapshots) for run in runs))):
+    for step in sorted(runs[0].snapshots):
         for axis, run in zip(axes, runs):
-            draw_pairs(axis, run, step)
+            draw_pairs(axis, run, min(run.snapshots, key=lambda other: abs(other - step)))
         agg.draw()
         figure.set_layout_engine("none")  # once is enough: then the axes stand still
         frames.append(Image.frombytes("RGBA", agg.get_width_height(), bytes(agg.buffer_rgba())))
@@ -771,7 +778,8 @@ def plot_spectrum(runs, path):
     for run, color in zip(runs, itertools.cycle(COLORS)):
         for z, style in zip(run.snapshots[max(run.snapshots)], ("-", "--")):
             variance = torch.linalg.eigvalsh(torch.cov(z.float().T)).flip(0).cumsum(0)
-            axis.plot((variance / variance[-1]).numpy(), style, color=color)
+            share_of_all = F.pad(variance / variance[-1], (1, 0)).numpy()
+            axis.plot(share_of_all, style, color=color)
         axis.plot([], color=color, label=f"{run.cfg.name()} (texts dashed)")
     axis.plot([0, runs[0].cfg.dim], [0, 1], ":", color="0.5")
     axis.set(xlabel="principal components", ylabel="share of the variance", ylim=(0, 1.02))
@@ -822,7 +830,7 @@ class Config:
     context: int = 32  # words in a caption; longer ones are cut
     zero_shot: str = ""  # with photographs: a folder of images per class, to classify
     dim: int = 128  # dimension of the shared space
-    same_modality: bool = False  # a second image encoder, on the same images, for the texts
+    same_modality: bool = False  # a second image encoder replaces the one for texts
     init_gap: str = "keep"  # or `remove` the gap between the untrained encoders
     steps: int = 1500  # training steps
     batch: int = 64  # pairs in a batch, over all processes
@@ -866,7 +874,8 @@ class Config:
 
     def folder(self):
         """The folder of the run, named after the time and the loss if it has no name yet."""
-        return self.out or time.strftime("runs/%Y%m%d-%H%M%S-") + self.name().replace(", ", "-")
+        name = f"{self.name()}-{self.seed}".replace(", ", "-")
+        return self.out or time.strftime("runs/%Y%m%d-%H%M%S-") + name
 
 
 def option(name):
@@ -894,6 +903,8 @@ def read_csv(file):
     captions = {}
     with open(file, newline="", encoding="utf-8-sig") as lines:
         for row in csv.DictReader(lines):
+            if None in row or None in row.values():
+                raise ValueError(f"not two fields: {row}")
             captions.setdefault(file.parent / row["image"], []).append(row["caption"])
     return captions
 
@@ -935,7 +946,7 @@ def photo_data(cfg):
     source = Path(cfg.data).absolute()
     size = cfg.image_size or 64
     if source.is_file():
-        files = [source, *read_pairs(source)[0]]
+        files = [source, *itertools.chain(*read_pairs(source))]
     else:
         files = itertools.chain.from_iterable(os.scandir(folder) for folder in source.glob("*/"))
     # The name is a hash of all that decides the content, so that a stale cache is never found.
@@ -943,7 +954,7 @@ def photo_data(cfg):
     for file in sorted(filter(os.path.exists, map(os.fspath, files))):
         state += [file, os.stat(file).st_size, os.stat(file).st_mtime_ns]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
-    home = cfg.cache or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/cgap"
+    home = cfg.cache or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/cgap"
     cache = Path(home).expanduser() / f"{source.stem}-{key}.pt"
     if not cache.exists():
         save_whole(decode(read_pairs(source), cfg, size), cache)
@@ -962,6 +973,9 @@ def decode(splits, cfg, size):
     cannot be read are left out, and named."""
     train, val = [list(split.items())[:cfg.limit or None] for split in splits]
     pairs = train + val
+    for path, texts in pairs:
+        if not all(map(split_words, texts)):
+            raise UserError(f"{cfg.data}: {path} has a caption without words")
     images = torch.empty(len(pairs), 3, size, size, dtype=torch.uint8)
 
     def load(i):
@@ -981,8 +995,6 @@ def decode(splits, cfg, size):
     texts = [text for i in good for text in pairs[i][1]]
     vocab = make_vocab(texts[:int(count[:n].sum())], cfg.vocab)
     tokens = tokenize(texts, vocab, cfg.context)
-    for i in (tokens.sum(1) == 0).nonzero():
-        raise UserError(f"{cfg.data} has a caption without words: {texts[i]!r}")
     return {"images": images[good], "n": n, "faults": faults, "vocab": vocab, "tokens": tokens,
             "first": count.cumsum(0) - count, "count": count}
 
@@ -1040,7 +1052,8 @@ def share(rows):
 def gather(rows):
     """The rows (n, D) of every process to those of all (world * n, D), with gradients: each process
     then has the whole loss, and DDP's mean of their gradients is the gradient of that."""
-    return torch.cat(torch.distributed.nn.functional.all_gather(rows))
+    from torch.distributed.nn.functional import all_gather
+    return torch.cat(all_gather(rows))
 
 
 def pick_device(cfg):
@@ -1129,7 +1142,7 @@ class Run:
 
 def save_whole(content, path):
     """torch.save, with a whole file under that name at every instant."""
-    draft = Path(f"{path}.tmp")
+    draft = Path(f"{path}.{os.getpid()}.tmp")
     draft.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.save(content, draft)
@@ -1169,6 +1182,8 @@ def open_run(cfg, data, model, optimizer, resume):
             raise UserError(f"{cfg.out} was trained on other words than {cfg.data} has now")
         model.load_state_dict(run.model)
         optimizer.load_state_dict(run.optimizer)
+        for draft in Path(cfg.out).glob("*.tmp"):  # of a run that was killed while it wrote
+            draft.unlink(missing_ok=True)
     else:
         images, tokens = data.val.head(12)
         rows = tokens.tolist() if data.val.tokens is not None else [[]] * 12
@@ -1206,7 +1221,8 @@ def report(run):
     print(f"\n{run.cfg.name()}, {last['step']} of {run.cfg.steps} steps, seed {run.cfg.seed}, "
           f"{last['seconds']:.0f} s\n{'start':>34}{'end':>10}{'ideal':>10}")
     for name in list(last)[6:-2]:  # all metrics: before them come the step and the loss
-        print(f"{name:24}{first[name]:10.3f}{last[name]:10.3f}{ideal.get(name, 1):10.3f}")
+        best = "" if "temperature" in name else f"{ideal.get(name, 1):10.3f}"
+        print(f"{name:24}{first[name]:10.3f}{last[name]:10.3f}{best}")
 
 
 def points(folder, **settings):
@@ -1273,6 +1289,8 @@ def run_command(given):
     what = given.pop(mode, None)
     if mode == "points":
         Config(**given).check()
+        if given.get("batch", 64) > 512:
+            raise UserError("--points has 512 pairs: --batch is at most that")
         return points(Path(given.pop("out", "runs/points")), **given)
     if mode == "plot":
         return plot(what, Path(given.get("out", what[0] if len(what) == 1 else "runs/plot")))
@@ -1289,7 +1307,7 @@ def main(argv=None):
     try:
         run_command(parse(argv))
     except KeyboardInterrupt:
-        print("interrupted; `--resume RUN` goes on from its last checkpoint", file=sys.stderr)
+        print("interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         print("cgap.py: error:", " ".join(str(error).split()), file=sys.stderr)

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -577,7 +578,8 @@ def test_a_csv_is_decoded_once_and_again_when_a_picture_is_replaced(tmp_path, mo
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     Image.new("L", (8, 8), 250).save("photos/7.png")
-    assert 250 in load(source).train.images
+    Image.new("L", (8, 8), 251).save("photos/10.png")
+    assert 250 in load(source).train.images and 251 in load(source).val.images
     assert_captions_fit(load(write_csv(60)), (54, 6))
 
 
@@ -776,6 +778,13 @@ def test_bad_coco_annotations_are_refused(capsys, edit, named):
     refused(capsys, ["--data", "coco", "--batch", "4", "--image-size", "8", "--out", "out"], named)
 
 
+@pytest.mark.parametrize("row", ["photos/3.png", "photos/3.png,a dog, asleep"])
+def test_a_csv_row_of_other_than_two_fields_is_refused(capsys, row):
+    file = Path(write_csv())
+    file.write_text(file.read_text() + row + "\n")
+    refused(capsys, ["--data", str(file), "--batch", "4", "--out", "out"], "not two fields", "photos/3.png")
+
+
 def test_too_many_bad_images_and_a_bad_class_are_refused(capsys):
     argv = ["--data", write_csv(), "--batch", "4", "--image-size", "8", "--out", "out"]
     Path("classes/cat").mkdir(parents=True)
@@ -946,6 +955,16 @@ def test_the_gallery_is_made_of_the_results_and_the_readme_quotes_it(reproduce):
     readme = (reproduce.HERE.parent / "README.md").read_text(encoding="utf-8")
     quoted = [line for line in readme.splitlines() if line.startswith("| ") and "±" in line]
     assert quoted and not [line for line in quoted if line not in gallery]
+
+
+def test_the_exercise_of_the_readme_computes_the_loss_in_strips(reproduce):
+    readme = (reproduce.HERE.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.S) if "def loss_in_strips" in block]
+    exec(textwrap.dedent("    " + code.lstrip()), solution := {})
+    x, y = (z.requires_grad_() for z in clouds(100, 8, 1))
+    strips = solution["loss_in_strips"](x, y, 0.05, 1, 2, 3, rows=30)
+    gradients = torch.autograd.grad(strips, (x, y))
+    assert_close([strips, *gradients], with_gradients(cgap_loss, x, y, 0.05, 1, 2, 3), 1e-9)
 
 
 def test_claims_run_once_whatever_the_comments_say(reproduce, tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import torch
-from torch import nn
 
 import cgap
 from claims import CLAIMS, INTRO
@@ -38,13 +37,6 @@ NAMES = {"linear_separability": "separability", "linear_separability_c100": "sep
 
 
 # ---- one run ----
-class FastBias(nn.Linear):
-    """A linear layer whose bias learns ten times as fast: under Adam, scale is rate."""
-
-    def forward(self, h):
-        return nn.functional.linear(h, self.weight, 10 * self.bias)
-
-
 def make_model(kind, cfg, source):
     """The TwoEncoders to start from: None for fresh ones, else as the claim's `model` says."""
     if kind is None:
@@ -61,11 +53,6 @@ def make_model(kind, cfg, source):
                     kind == "projection without bias" and name == "projection.bias"):
                 p.data.zero_()
                 p.requires_grad_(False)
-        if kind == "fast bias":
-            layer = FastBias(encoder.projection.in_features, cfg.dim)
-            layer.weight = encoder.projection.weight
-            layer.bias.data = encoder.projection.bias.data / 10
-            encoder.projection = layer
     return model
 
 
@@ -237,6 +224,19 @@ def draw_thermostat(result, title, path):
     figure.savefig(path)
 
 
+def steadiness(result):
+    """For each share of permuted captions: how much T_eff differs over the T that are colder."""
+    lines = []
+    for group, labels in itertools.groupby(result["runs"], key=lambda label: label.split(",")[0]):
+        pairs = [[values(result, label, metric).mean().item() for metric in ("temperature", "effective_temperature")]
+                 for label in labels]
+        colder = [warm for T, warm in pairs if T < 0.9 * warm]
+        if len(colder) > 1:
+            lines.append(f"- {group}: at the {len(colder)} T below T_eff / 1.1, T_eff is {min(colder):.3f} to "
+                         f"{max(colder):.3f}, a factor of {max(colder) / min(colder):.2f}")
+    return lines
+
+
 def section(name, claim, result):
     """The part of the gallery on a claim."""
     lines = [f"## {claim.title}", "", f"![{name}]({name}.png)", "", claim.reading, ""]
@@ -245,6 +245,8 @@ def section(name, claim, result):
     if claim.rows:
         lines += [table(claim, result), ""]
     lines += [f"- {verdict(result, *check)[0]}" for check in claim.checks]
+    if claim.picture == "thermostat":
+        lines += steadiness(result)
     lines += ["", f"Seeds {result['seeds']}; {result['machine']}: `{result['command']}`", ""]
     return "\n".join(lines)
 
@@ -291,6 +293,10 @@ def main():
             "runs": {label: [slim(json.loads(Path(folder + ".json").read_text()), claim)
                              for folder in rows[name, label]] for label in claim.runs}}
         draw(name, claim, results[name], HERE / f"{name}.png")
+        if name == "losses":  # the animation at the top of the README, and its companions
+            shown = [cgap.load_run(rows[name, label][0]) for label in ("CLIP", "CUA", "CUA, centred")]
+            for picture in ("gap.gif", "embeddings.png", "spectrum.png", "samples.png"):
+                cgap.FIGURES[picture](shown, HERE / picture)
     path.write_text(json.dumps(results) + "\n", encoding="utf-8")
     (HERE / "README.md").write_text(gallery(results), encoding="utf-8")
     print(HERE / "README.md")
