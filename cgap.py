@@ -695,7 +695,7 @@ def canvas(rows, columns, title, width, height):
 
 
 def plot_histories(histories, panels, title, path, xscale="linear"):
-    """A panel for each metric of {metric: what it is without a gap}, a line for each history of
+    """A panel for each metric of {metric: its ideal}, a line for each history of
     {name: history}, against the training step."""
     rows = len(panels) // 2
     figure, axes = canvas(rows, 2, title, 9.6, 0.6 + 3.2 * rows)
@@ -704,7 +704,7 @@ def plot_histories(histories, panels, title, path, xscale="linear"):
             steps = [record["step"] for record in history]
             values = [record[metric] for record in history]
             axis.plot(steps, values, "o-", color=color, markersize=3, label=name)
-        axis.axhline(ideal, color="0.5", linestyle=":", label="no gap")
+        axis.axhline(ideal, color="0.5", linestyle=":", label="ideal")
         axis.set(xlabel="training step", ylabel=metric.replace("_", " "), xscale=xscale)
         axis.set_xlim(left=0)
         axis.legend(fontsize=8)
@@ -764,8 +764,11 @@ def animate(runs, path):
     for step in sorted(runs[0].snapshots):
         for axis, run in zip(axes, runs):
             draw_pairs(axis, run, min(run.snapshots, key=lambda other: abs(other - step)))
+        if not frames:  # the layout takes two passes to settle; then the axes stand still
+            agg.draw()
+            agg.draw()
+            figure.set_layout_engine("none")
         agg.draw()
-        figure.set_layout_engine("none")  # once is enough: then the axes stand still
         frames.append(Image.frombytes("RGBA", agg.get_width_height(), bytes(agg.buffer_rgba())))
     frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
                    duration=[160] * (len(frames) - 1) + [2000])
@@ -915,7 +918,7 @@ def read_pairs(source):
         train = read_csv(source) if source.is_file() else read_coco(source, "train")
         val = read_coco(source, "val") or dict(list(train.items())[::10])
         if not train:
-            raise KeyError("no annotations/captions_train20xx.json, no rows")
+            raise ValueError("no annotations/captions_train20xx.json, no rows")
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{source} is neither COCO's folder nor a CSV file in UTF-8 with the "
                         f"header image,caption ({type(error).__name__}: {error})") from None

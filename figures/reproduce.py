@@ -156,8 +156,9 @@ def verdict(result, metric, more, less, by=0.0):
     word = "**does not hold**"
     if holds:
         word = "holds at every seed" if bool((difference > floor).all()) else "holds on average"
+        word = "holds for the one seed that was run" if n == 1 else word
     name = NAMES.get(metric, metric).replace("_", " ")
-    margin = f" by {by:g}" if by else ""
+    margin = f", on average by {by:g}" if by > 0 else f" less {-by:g}" if by else ""
     return f"{name}: {more} > {less}{margin}: {word} ({mean_std(difference)})", holds
 
 
@@ -178,7 +179,8 @@ def draw(name, claim, result, path):
     if claim.picture == "curves":
         mean = {label: [{k: sum(h[i][k] for h in histories) / len(histories) for k in ("step", *claim.shown)}
                         for i in range(len(histories[0]))] for label, histories in result["runs"].items()}
-        panels = {metric: 0.5 if "separab" in metric else 0 for metric in claim.shown[:4]}
+        ideal = {"linear_separability": 0.5, "effective_temperature": 0.01}
+        panels = {metric: ideal.get(metric, 0) for metric in claim.shown[:4]}
         return cgap.plot_histories(mean, panels, title, path, "symlog")
     if claim.picture == "thermostat":
         return draw_thermostat(result, title, path)
