@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The contrastive gap in one file: make it, measure it, find its cause, close it.
 
-CLIP trains an image encoder and a text encoder to map a picture and its caption to nearby points of
-one sphere. Yet pictures end up in one region of it and captions in another: a linear classifier
-tells them apart without an error. "It's Not a Modality Gap: Characterizing and Addressing the
+CLIP maps a picture and its caption to nearby points of one sphere. Yet pictures end up in one
+region of it and captions in another. "It's Not a Modality Gap: Characterizing and Addressing the
 Contrastive Gap" (Fahim, Murphy, Fyshe, arXiv 2405.18570) shows that the contrastive loss itself
 makes this gap, and that two more terms, uniformity and alignment, close it. See it on a laptop:
 
@@ -12,9 +11,7 @@ makes this gap, and that two more terms, uniformity and alignment, close it. See
     python cgap.py --unif 1 --align 1       # two terms more: it closes
     python cgap.py --center                 # its cause taken away: it does not open
 
-Part one is the paper: the loss, how a gap is measured, the smallest gap, two encoders, scenes,
-training, figures. Part two is the machinery: settings, photographs, devices, runs, the command line
-(`--help` lists every setting). From Python: `history = train(Config(unif=1, align=1))`.
+From Python: `history = train(Config(unif=1, align=1))`.
 """
 import argparse
 import csv
@@ -28,7 +25,7 @@ import re
 import sys
 import textwrap
 import time
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -37,7 +34,7 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-__version__ = "2.0"
+__version__ = "2.1"
 
 # ==================================================================================================
 # PART ONE: THE PAPER
@@ -47,7 +44,7 @@ __version__ = "2.0"
 # x_i and y_i are the embeddings of picture i and of its caption, N pairs in a batch.
 #   clip    x_i is to be more similar to its own y_i than to any other y_j, and the other way round
 #   align   the two are to be close
-#   unif    pictures are to be far from other pictures, and captions from other captions
+#   unif    pictures are to be far from other pictures, captions from other captions
 #   xunif   pictures are to be far from the captions of others
 # The paper's losses are rows of weights: CLIP; CUA = CLIP + unif + align; CUAXU = CUA + xunif.
 # --------------------------------------------------------------------------------------------------
@@ -57,18 +54,17 @@ import torch.nn.functional as F
 
 def check_pairs(x, y, least):
     """Raise ValueError unless x and y are floating point, of one shape (N, D), with N >= least."""
-    if x.shape != y.shape or x.ndim != 2 or len(x) < least:
-        raise ValueError(f"x and y must share a shape (N, D) with at least {least} pairs, "
-                         f"not {tuple(x.shape)} and {tuple(y.shape)}")
-    if not (x.is_floating_point() and y.is_floating_point()):
-        raise ValueError(f"x and y must be floating point, not {x.dtype} and {y.dtype}")
+    paired = x.shape == y.shape and x.ndim == 2 and len(x) >= least
+    if not (paired and x.is_floating_point() and y.is_floating_point()):
+        raise ValueError(f"x and y must be floating point and of one shape (N, D), N >= {least}, "
+                         f"not {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}")
 
 
 def uniformity(x, y, t=2.0):
     """log mean_{i != j} exp(-t |x_i - y_j|^2) of unit vectors (N, D): a scalar, -4t to 0.
 
-    0 if all are one point, lower the farther apart they are; the larger t, the more do near pairs
-    count. Of one modality: uniformity(x, x). Source: Wang & Isola, arXiv 2005.10242.
+    0 if all are one point, lower the farther apart they are. Of one modality: uniformity(x, x).
+    Source: Wang & Isola, arXiv 2005.10242.
     """
     N = len(x)
     e = torch.exp(2 * t * (x @ y.T - 1))  # (N, N); on the sphere |a - b|^2 = 2 - 2 a.b
@@ -80,13 +76,11 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
 
     x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here.
     temperature: a number or, to learn it, a scalar tensor. center: subtract the batch's means first
-    and so take the cause of the gap away (section 3); at test time subtract those of training data,
-    or move them into the encoders' last biases, as `fold_means` does.
+    (section 3); at test time subtract those of training data, or `fold_means` into the encoders.
     Returns the total, a scalar to minimise (often negative, as uniformity is), and a dict of its
-    unweighted terms `clip`, `align`, `unif`, `xunif`, detached. Computed in float32 or better, also
-    under autocast. With several processes x and y must be those of all, with gradients (`gather`,
-    section 10): the log of a mean is not the mean of logs. On a CPU, torch.set_flush_denormal(True)
-    before all else makes it faster: at T = 0.01 most of softmax is below 1e-38.
+    unweighted terms, detached. In float32 or better, also under autocast. With several processes x
+    and y must be those of all, with gradients (`gather`): a log of means is no mean of logs. On a
+    CPU call torch.set_flush_denormal(True) before all else: most of softmax is below 1e-38.
     Raises ValueError for other shapes, fewer than 2 pairs, integers. Source: the paper's L_CUAXU.
     """
     check_pairs(x, y, least=2)
@@ -113,14 +107,14 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Measuring the gap. One number does not do: two clouds can share a centre and still be told
-# apart; two that nobody can tell apart can still sit in a corner, where pairs are close for free.
+# 2. Measuring the gap. One number does not do: two clouds can share a centre and be told apart; two
+# that nobody can tell apart can still sit in a corner, where pairs are close for free.
 # --------------------------------------------------------------------------------------------------
-def fit_logistic(z, labels, C=1.0):
+def fit_logistic(z, labels, C):
     """The w (D,) that minimises |w'|^2 / 2 + C sum_i log(1 + exp(-s_i z_i.w)), by Newton's method.
 
-    z: (N, D); its last column is 1, so the last weight is the bias, and w' is all the others.
-    labels: (N,), 0 or 1 for s = -1 or 1. C: as in scikit-learn, the larger the freer.
+    z: (N, D), the last column 1: the last weight is the bias, w' the others. labels: (N,), 0 or 1
+    for s = -1 or 1. C: as in scikit-learn, the larger the freer.
     """
     ridge = torch.eye(z.shape[1], dtype=z.dtype)
     ridge[-1, -1] = 0
@@ -137,9 +131,9 @@ def fit_logistic(z, labels, C=1.0):
 
 
 def linear_separability(x, y, C=1.0):
-    """Accuracy, 0 to 1, of a logistic regression that tells x from y, unit vectors (N, D), float64,
-    on the CPU: fit on 80 % of the pairs, tested on the others. 1 is a complete gap, 0.5 is none.
-    The authors use C = 1, whose penalty keeps w small and misses tiny gaps; 100 finds them."""
+    """Accuracy, 0 to 1, of a logistic regression that tells x from y, unit vectors (N, D), float64:
+    fit on 80 % of the pairs, tested on the others. 1 is a complete gap, 0.5 is none. The authors
+    use C = 1, whose penalty keeps w small and misses tiny gaps; 100 finds them."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     z = F.pad(torch.stack([x, y]), (0, 1), value=1.0)[:, order]  # (2, N, D + 1)
     cut = int(0.8 * len(x))  # by pair: both halves of a pair are on one side
@@ -158,9 +152,8 @@ def effective_rank(x):
 def effective_temperature(x, y, temperature):
     """T / sqrt((1 - |mean x|^2) (1 - |mean y|^2)) of unit vectors (N, D): the T that softmax feels.
 
-    Without its mean, x has a mean square of 1 - |mean x|^2: only that tells one x from another. So
-    cosines are a constant plus sqrt((1 - |mean x|^2) (1 - |mean y|^2)) times those of what is left,
-    the constant cancels in the softmax, and T is divided by the root: a narrow space is warm.
+    Without its mean, x has a mean square of 1 - |mean x|^2, and only that tells one x from another.
+    What the means add to cosines cancels in the softmax: a narrow space is a warm one.
     """
     left = (1 - x.mean(0).square().sum()) * (1 - y.mean(0).square().sum())
     return float(temperature / left.detach().clamp(min=1e-12).sqrt())
@@ -183,9 +176,9 @@ def gap_metrics(x, y):
     y = F.normalize(y.detach().cpu().double(), dim=1)
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("x and y must be finite")
-    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:5000]
-    x_some = x[some].float()
-    y_some = y[some].float()
+    every = math.ceil(len(x) / 5000)
+    x_some = x[::every].float()
+    y_some = y[::every].float()
     metrics = {
         "centroid_distance": (x.mean(0) - y.mean(0)).norm(),
         "linear_separability": linear_separability(x, y),
@@ -201,58 +194,56 @@ def gap_metrics(x, y):
     return {name: float(value) for name, value in metrics.items()}
 
 
-def uniform_optimum(d, t=2.0):
+def uniform_optimum(d):
     """Uniformity of the uniform distribution on the sphere in d dimensions, the least that many
-    points can reach: log 0F1(; d/2; t^2) - 2t; for t = 2 -2.080 at d = 3 and -3.938 at d = 128."""
+    points can reach: log 0F1(; d/2; 4) - 4, -2.080 at d = 3 and -3.938 at d = 128."""
     term = total = 1.0
     for k in range(1, 60):
-        term *= t * t / ((d / 2 + k - 1) * k)
+        term *= 4 / ((d / 2 + k - 1) * k)
         total += term
-    return math.log(total) - 2 * t
+    return math.log(total) - 4
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. The smallest gap: no encoders, only points that the loss may move as it likes. Left alone, they
-# open none. Let each side learn one vector that all of its points share, as biases and activations
-# are in an encoder, and a complete gap is there within 20 steps. Why? At T = 0.01 the softmax is
-# too cold for pairs that do not fit yet, and a shared vector warms it (effective_temperature). The
-# two of them are learned apart, so they point apart: that is the gap.
+# open none. Let each side learn one vector that its points share, as an encoder's biases are, and a
+# complete gap is there within 20 steps. Why? At T = 0.01 the softmax is too cold for pairs that do
+# not fit yet, and a shared vector warms it (effective_temperature). The two are learned apart, so
+# they point apart: that is the gap.
 # --------------------------------------------------------------------------------------------------
 def smallest_gap(offset=True, unif=0.0, align=0.0, xunif=0.0, temperature=0.01, dim=128, n=512,
                  batch=64, steps=600, seed=0, mismatch=0.0):
     """Train n pairs of free points, with or without an offset, at first 0, that a side shares.
 
-    temperature: a number, or a function of the step. mismatch: the share of y that is permuted,
-    anew at each step.
-    Both sides start in the same cone, so without a gap. Returns a dict for each measurement:
-    `step`, `effective_temperature`, gap_metrics. In d = 2 wide gaps cannot close: no way around.
+    Both sides start in the same cone, so without a gap. temperature: a number, or a function of the
+    step. mismatch: the share of y that is permuted, anew at each step. Returns a dict for each
+    measurement: `step`, `effective_temperature`, gap_metrics. In d = 2 wide gaps cannot close.
     """
-    g = torch.Generator().manual_seed(seed)
-    cone = torch.randn(dim, generator=g) / dim ** 0.5
-    points = cone + 0.3 / dim ** 0.5 * torch.randn(2, n, dim, generator=g)
+    torch.manual_seed(seed)
+    cone = torch.randn(dim) / dim ** 0.5
+    points = cone + 0.3 / dim ** 0.5 * torch.randn(2, n, dim)
     points.requires_grad_()
     offsets = torch.zeros(2, 1, dim, requires_grad=offset)
-    optimizer = torch.optim.Adam([points, offsets] if offset else [points], lr=0.01)
+    optimizer = torch.optim.Adam([points, offsets], lr=0.01)
     history = []
     for step in range(steps + 1):
         x, y = points + offsets
         T = temperature(step) if callable(temperature) else temperature
-        if step in (0, 1, 2, 5, 10, 20, 50, steps) or step % 100 == 0:
+        if step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 400, steps):
             warm = effective_temperature(F.normalize(x, dim=1), F.normalize(y, dim=1), T)
             history.append({"step": step, "effective_temperature": warm, **gap_metrics(x, y)})
-        i = torch.randperm(n, generator=g)[:batch]
-        j = mismatched(n, mismatch, g)[i]
-        loss, _ = cgap_loss(x[i], y[j], T, unif, align, xunif)
+        i = torch.randperm(n)[:batch]
+        loss, _ = cgap_loss(x[i], y[mismatched(n, mismatch)[i]], T, unif, align, xunif)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return history
 
 
-def mismatched(n, share, g):
+def mismatched(n, share):
     """(n,): the partner of each, itself but for a share of them, who get each other's."""
     partner = torch.arange(n)
-    chosen = torch.randperm(n, generator=g)[:int(share * n)]
+    chosen = torch.randperm(n)[:int(share * n)]
     partner[chosen] = chosen.roll(1)
     return partner
 
@@ -264,15 +255,14 @@ def mismatched(n, share, g):
 class ImageEncoder(nn.Module):
     """A convolutional network: uint8 images (B, 3, S, S) to embeddings (B, dim)."""
 
-    def __init__(self, dim, width=32):
+    def __init__(self, dim):
         super().__init__()
         layers = []
-        for c_in, c_out, stride in ((3, width, 2), (width, 2 * width, 2), (2 * width, 4 * width, 2),
-                                    (4 * width, 4 * width, 1)):
+        for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
             conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1)
             layers += [conv, nn.GroupNorm(8, c_out), nn.GELU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, 128)
-        self.projection = nn.Linear(4 * width, dim)
+        self.projection = nn.Linear(128, dim)
 
     def forward(self, images):
         return self.projection(self.body(images.float() / 64 - 2))  # pixels to about -2 .. 2
@@ -317,67 +307,62 @@ class TwoEncoders(nn.Module):
         """T, a scalar tensor."""
         return torch.exp(-self.log_scale)
 
-    def limit_temperature(self):
-        """After a step: keep a learned T at 0.01 or above, as OpenAI's CLIP does. To limit the
-        parameter, not its use, leaves it a gradient. A frozen one stays as it was given."""
-        if self.log_scale.requires_grad:
-            self.log_scale.data.clamp_(max=math.log(100))
-
 
 @torch.no_grad()
-def encode(encoder, inputs, size=256):
-    """Raw embeddings (N, dim), float32, of images or tokens on any device, in slices of `size`."""
-    device = next(encoder.parameters()).device
+def encode(encoder, inputs):
+    """Raw embeddings (N, dim) of images or tokens, float32, on the CPU."""
+    device = encoder.projection.bias.device
     with autocast(device):
-        return torch.cat([encoder(part.to(device)).float() for part in inputs.split(size)])
+        parts = [encoder(part.to(device)).float().cpu() for part in inputs.split(256)]
+    return torch.cat(parts)
 
 
 def remove_initial_gap(model, images, texts):
-    """Lay the second encoder's cloud onto the first's, in place: the paper's idealised start, to
-    see whether training opens a gap where there is none.
+    """Lay the second encoder's cloud onto the first's, in place, to see whether training opens a
+    gap where there is none: the paper's idealised start.
 
     Its projection is changed so that on these pairs mean and spread become those of x, turned by
     the orthogonal R that minimises |(y - mean y) R - (x - mean x)| (Procrustes). The paper does not
     mention the spread: it matters since embeddings are normalised afterwards.
     """
-    x = encode(model.image, images).cpu().double()
-    y = encode(model.text, texts).cpu().double()
-    u, _, vt = torch.linalg.svd((y - y.mean(0)).T @ (x - x.mean(0)))
-    turn = (u @ vt).T * (x - x.mean(0)).norm() / (y - y.mean(0)).norm()
-    layer = model.text.projection  # y = W h + b becomes turn (y - mean y) + mean x
-    shift = turn @ (layer.bias.detach().cpu().double() - y.mean(0)) + x.mean(0)
-    layer.weight.data.copy_((turn @ layer.weight.detach().cpu().double()).float())
-    layer.bias.data.copy_(shift.float())
+    x = encode(model.image, images).double()
+    y = encode(model.text, texts).double()
+    mean_x = x.mean(0)
+    mean_y = y.mean(0)
+    x -= mean_x
+    y -= mean_y
+    u, _, vt = torch.linalg.svd(y.T @ x)
+    turn = (u @ vt).T * x.norm() / y.norm()
+    weight = model.text.projection.weight.data
+    bias = model.text.projection.bias.data  # W h + b becomes turn (W h + b - mean_y) + mean_x
+    bias.copy_((turn @ (bias.cpu().double() - mean_y) + mean_x).float())
+    weight.copy_((turn @ weight.cpu().double()).float())
 
 
 def fold_means(model, images, texts):
-    """Subtract the mean embedding over these pairs from each projection's bias, in place: what is
-    left are ordinary encoders with a mean of 0. It changes nothing in training, as the centred loss
-    subtracts whatever the embeddings of a batch share, this bias too."""
+    """Subtract the mean embedding over these pairs from each projection's bias, in place: ordinary
+    encoders with a mean of 0. A centred loss sees no difference: it subtracts biases, too."""
     for encoder, inputs in ((model.image, images), (model.text, texts)):
-        encoder.projection.bias.data -= encode(encoder, inputs).mean(0)
+        bias = encoder.projection.bias.data
+        bias -= encode(encoder, inputs).mean(0).to(bias.device)
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. Scenes: one or two coloured shapes, and a caption that says exactly what is there. So the pairs
-# are perfect, unless a setting spoils them. Two tasks show what a shared space is for: to name what
-# was never seen, and to calculate with images and words.
+# are perfect. Two tasks show what the space is for: to name what was never seen, and to calculate.
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Pairs:
-    """Images with one caption or more each or, tokens None, each paired with itself."""
+    """Images, each with its captions or, tokens None, with itself."""
     images: torch.Tensor  # (N, 3, S, S) uint8
-    tokens: torch.Tensor  # (M, L) int32, M captions padded with 0, or None
-    first: torch.Tensor  # (N,): the captions of image i are the rows of tokens from first[i] on,
-    count: torch.Tensor  # (N,): so many
+    tokens: torch.Tensor  # (N, K, L) int32, K captions of L words padded with 0, or None
 
     def batch(self, i, turn=0):
-        """(images, tokens) of the images i (B,), each with one of its captions, in turn; tokens are
-        no wider than the longest of them."""
+        """Images i (B,), each with one of its captions, in turn, no wider than the longest."""
         images = self.images[i]
         if self.tokens is None:
             return images, images
-        tokens = self.tokens[self.first[i] + turn % self.count[i]]
+        tokens = self.tokens[i, turn % self.tokens.shape[1]]
         return images, tokens[:, tokens.any(0)]
 
     def head(self, n):
@@ -385,9 +370,9 @@ class Pairs:
         return self.batch(torch.arange(min(n, len(self.images))))
 
 
-# Pairs, Pairs, list of words, and two tasks or None
+# Pairs, Pairs, list of words, two tasks or None
 Data = namedtuple("Data", "train val vocab zero_shot arithmetic")
-# The nearest prompt should be the label; unseen (bool): the classes that never occur in training.
+# The nearest prompt should be the label; unseen (bool): the classes that are not in training.
 ZeroShot = namedtuple("ZeroShot", "images labels prompts unseen")
 # Image q + text(new) - text(old) should be nearest to an image i of which correct[q, i] is True.
 Arithmetic = namedtuple("Arithmetic", "images old new correct")
@@ -400,15 +385,17 @@ def split_words(text):
 
 def make_vocab(captions, size):
     """The `size` most frequent words of the captions, sorted, after padding (0) and unknown (1)."""
-    counts = Counter(itertools.chain.from_iterable(map(split_words, captions)))
+    counts = Counter(word for text in captions for word in split_words(text))
     return ["<pad>", "<unk>"] + sorted(word for word, _ in counts.most_common(size))
 
 
 def tokenize(captions, vocab, context):
     """Token numbers (len(captions), L), int32, of the first `context` words, padded with 0."""
     number = {word: i for i, word in enumerate(vocab)}
-    rows = [[number.get(word, 1) for word in split_words(text)[:context]] for text in captions]
-    rows = [torch.tensor(row, dtype=torch.int32) for row in rows]
+    rows = []
+    for text in captions:
+        words = split_words(text)[:context] or ["<unk>"]
+        rows.append(torch.tensor([number.get(word, 1) for word in words], dtype=torch.int32))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
@@ -424,10 +411,9 @@ SHAPES = {  # inside or not, for u to the right and v down, -1 to 1 across the s
     "ring": lambda u, v: (u * u + v * v - .72).abs() < .28}
 RELATIONS = ["left of", "above"]  # two suffice: with "right of" one scene would have two captions
 WORDS = [list(COLOURS), list(SHAPES), list(COLOURS), list(SHAPES), RELATIONS]  # of scenes
-CHOICES = torch.tensor([len(words) for words in WORDS])
 OBJECTS = torch.cartesian_prod(torch.arange(len(COLOURS)), torch.arange(len(SHAPES)))  # (48, 2)
 UNSEEN = OBJECTS[:, 0] % len(SHAPES) == OBJECTS[:, 1]  # one for each colour: never in training
-# Where two objects are, (x, y) each, for one alone, side by side, one above the other; +- how much
+# Where both objects are, (x, y), for one alone, side by side, one above the other; +- how much
 PLACES = torch.tensor([[[.5, .5], [.5, .5]], [[.25, .5], [.75, .5]], [[.5, .25], [.5, .75]]])
 JITTER = torch.tensor([[.2, .2], [.04, .15], [.15, .04]])
 
@@ -442,117 +428,114 @@ def describe(scenes):
     return captions
 
 
-def random_scenes(n, single, g):
+def random_scenes(n, single):
     """n scenes (n, 5) without unseen objects, a share `single` of them with one object."""
     seen = OBJECTS[~UNSEEN]
-    objects = seen[torch.randint(len(seen), (n, 2), generator=g)].flatten(1)  # (n, 4)
-    relation = torch.randint(len(RELATIONS), (n, 1), generator=g)
-    relation[torch.rand(n, generator=g) < single] = -1
+    objects = seen[torch.randint(len(seen), (n, 2))].flatten(1)  # (n, 4)
+    relation = torch.randint(len(RELATIONS), (n, 1))
+    relation[torch.rand(n) < single] = -1
     return torch.cat([objects, relation], 1)
 
 
-def draw_scenes(scenes, size, g):
-    """Images (N, 3, size, size), uint8: jitter in place, size and colour, a grey behind, noise."""
-    def around(centre, jitter, *shape):
-        return centre + jitter * (2 * torch.rand(*shape, generator=g) - 1)
+def around(centre, jitter, *shape):
+    """Uniform between centre - jitter and centre + jitter."""
+    return centre + jitter * (2 * torch.rand(shape) - 1)
 
+
+def draw_scenes(scenes, size):
+    """Images (N, 3, size, size), uint8: jitter in place, size and colour, a grey behind, noise."""
     palette = torch.tensor(list(COLOURS.values()))
     axis = (torch.arange(size) + .5) / size
     images = []
-    for part in scenes.split(256):  # small enough to stay in the cache
+    for part in scenes.split(256):  # small enough to stay in the processor's cache
         n = len(part)
         kind = part[:, 4] + 1
         centre = around(PLACES[kind], JITTER[kind][:, None], n, 2, 2)[..., None]  # (n, 2, xy, 1)
         radius = around(.2, .03, n, 2, 1)
         image = around(.5, .15, n, 1, 1, 1).repeat(1, 3, size, size)
         for k in (0, 1):
-            u = (axis - centre[:, k, 0]) / radius[:, k]  # (n, size)
-            v = (axis - centre[:, k, 1]) / radius[:, k]
-            colour = palette[part[:, 2 * k]] + .08 * torch.randn(n, 3, generator=g)
+            place = (axis - centre[:, k]) / radius[:, k, None]  # (n, 2, size): across, down
+            colour = palette[part[:, 2 * k]] + .08 * torch.randn(n, 3)
             for shape, inside in enumerate(SHAPES.values()):
                 i = ((part[:, 2 * k + 1] == shape) & (kind >= k)).nonzero()[:, 0]
-                mask = inside(u[i, None, :], v[i, :, None])[:, None]  # (len(i), 1, size, size)
+                mask = inside(place[i, :1], place[i, 1, :, None])[:, None]  # (., 1, size, size)
                 image[i] = torch.where(mask, colour[i, :, None, None], image[i])
-        image += .05 * torch.randn(image.shape, generator=g)
+        image += .05 * torch.randn(image.shape)
         images.append((image * 255).clamp(0, 255).byte())
     return torch.cat(images)
 
 
-def scene_classes(size, vocab, context, g, per_class=20):
+def change(scenes, slot):
+    """The scenes with another value, at random, in the slot (N,) of each."""
+    row = torch.arange(len(scenes))
+    choices = torch.tensor([len(words) for words in WORDS])[slot]
+    shift = 1 + (torch.rand(len(scenes)) * (choices - 1)).long()
+    changed = scenes.clone()
+    changed[row, slot] = (scenes[row, slot] + shift) % choices
+    return changed
+
+
+def scene_classes(size, vocab, context):
     """The zero-shot task: single objects in all combinations, prompts such as "a red circle"."""
     scenes = F.pad(OBJECTS, (0, 3), value=-1)
-    labels = torch.arange(len(scenes)).repeat(per_class)
-    return ZeroShot(draw_scenes(scenes[labels], size, g), labels,
+    labels = torch.arange(len(scenes)).repeat(20)
+    return ZeroShot(draw_scenes(scenes[labels], size), labels,
                     tokenize(describe(scenes), vocab, context), UNSEEN)
 
 
-def scene_edits(size, vocab, context, g, queries=200):
+def scene_edits(size, vocab, context, queries=200):
     """The arithmetic task: picture + text(new word) - text(old word) should find the edited scene,
-    among all queries, all edited scenes, and for each of those three that differ in one thing."""
-    def change(scenes, slot):  # another value in that slot of each scene
-        row = torch.arange(len(scenes))
-        shift = 1 + (torch.rand(len(scenes), generator=g) * (CHOICES[slot] - 1)).long()
-        changed = scenes.clone()
-        changed[row, slot] = (scenes[row, slot] + shift) % CHOICES[slot]
-        return changed
-
-    def words(scenes):
-        names = [WORDS[k][scene[k]] for scene, k in zip(scenes.tolist(), slot.tolist())]
-        return tokenize(names, vocab, context)
-
-    source = random_scenes(2 * queries, 0.0, g)
+    among queries, edited scenes, and for each of those three that differ in one thing."""
+    source = random_scenes(2 * queries, 0.0)
     source = source[(source[:, :2] != source[:, 2:4]).all(1)][:queries]  # a word names one object
-    slot = torch.randint(5, (len(source),), generator=g)
+    slot = torch.randint(5, (len(source),))
     target = change(source, slot)
     near = [change(target, torch.full_like(slot, k)) for k in (0, 1, 4)]
     pool = torch.cat([source, target, *near])  # the queries come first
-    return Arithmetic(draw_scenes(pool, size, g), words(source), words(target),
+
+    def words(scenes):
+        named = [WORDS[k][scene[k]] for k, scene in zip(slot, scenes)]
+        return tokenize(named, vocab, context)
+
+    return Arithmetic(draw_scenes(pool, size), words(source), words(target),
                       (target[:, None] == pool).all(2))
 
 
 def scene_data(cfg):
     """20,000 training and 2,000 validation scenes with both tasks; a seed gives the same bytes."""
-    g = torch.Generator().manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
     size = cfg.image_size or 32
     n = min(20_000, cfg.limit or 20_000)
-    scenes = random_scenes(n + min(2_000, n), cfg.single, g)
+    scenes = random_scenes(n + min(2_000, n), cfg.single)
     captions = describe(scenes)
     vocab = make_vocab(captions[:n], cfg.vocab)
-    tokens = tokenize(captions, vocab, cfg.context)
-    images = draw_scenes(scenes, size, g)
-    row = torch.arange(len(scenes))
-    one = torch.ones_like(row)
-    return Data(Pairs(images[:n], tokens, row[:n], one[:n]),
-                Pairs(images[n:], tokens, row[n:], one[n:]), vocab,
-                scene_classes(size, vocab, cfg.context, g),
-                scene_edits(size, vocab, cfg.context, g))
+    tokens = tokenize(captions, vocab, cfg.context)[:, None]  # (N, 1, L)
+    images = draw_scenes(scenes, size)
+    return Data(Pairs(images[:n], tokens[:n]), Pairs(images[n:], tokens[n:]), vocab,
+                scene_classes(size, vocab, cfg.context), scene_edits(size, vocab, cfg.context))
 
 
 # --------------------------------------------------------------------------------------------------
 # 6. Training: measure, then step.
 # --------------------------------------------------------------------------------------------------
 def embed(encoder, inputs):
-    """Unit embeddings (N, dim) of images or tokens."""
+    """Unit embeddings (N, dim) of images or tokens, on the CPU."""
     return F.normalize(encode(encoder, inputs), dim=1)
 
 
 def recall(x, y, group):
     """How often the nearest y to x_i, and one of the nearest five, has x_i's group: (R@1, R@5).
-
-    x, y: unit vectors (N, D). group: (N,) integers; pairs with the same caption share one, since no
-    model can tell them apart.
-    """
+    x, y: unit vectors (N, D). group: (N,) integers; equal captions share one."""
     nearest = torch.cat([(part @ y.T).topk(min(5, len(y))).indices for part in x.split(1024)])
     right = group[nearest] == group[:, None]  # (N, 5)
     return right[:, 0].float().mean().item(), right.any(1).float().mean().item()
 
 
-def training_loss(model, part, cfg):
+def training_loss(model, data, cfg):
     """The loss and its terms on the first training pairs, one batch, as a dict of floats."""
-    images, texts = part.head(cfg.batch)
-    T = model.temperature().detach()
-    loss, terms = cgap_loss(encode(model.image, images), encode(model.text, texts), T,
-                            cfg.unif, cfg.align, cfg.xunif, cfg.center)
+    images, texts = data.train.head(cfg.batch)
+    loss, terms = cgap_loss(encode(model.image, images), encode(model.text, texts),
+                            model.temperature().item(), cfg.unif, cfg.align, cfg.xunif, cfg.center)
     return {name: value.item() for name, value in {"loss": loss, **terms}.items()}
 
 
@@ -564,13 +547,13 @@ def evaluate(model, data):
     T = model.temperature().item()
     record = gap_metrics(x, y)
     record |= {"temperature": T, "effective_temperature": effective_temperature(x, y, T)}
-    group = torch.unique(texts.flatten(1), dim=0, return_inverse=True)[1].to(x.device)
+    group = torch.unique(texts.flatten(1), dim=0, return_inverse=True)[1]
     record["i2t_r1"], record["i2t_r5"] = recall(x, y, group)
     record["t2i_r1"], record["t2i_r5"] = recall(y, x, group)
     if data.zero_shot:
         task = data.zero_shot
         scores = embed(model.image, task.images) @ embed(model.text, task.prompts).T
-        right = (scores.argmax(1).cpu() == task.labels).float()
+        right = (scores.argmax(1) == task.labels).float()
         record["zero_shot"] = right.mean().item()
         if task.unseen is not None:
             record["zero_shot_unseen"] = right[task.unseen[task.labels]].mean().item()
@@ -578,29 +561,26 @@ def evaluate(model, data):
         task = data.arithmetic
         pool = embed(model.image, task.images)
         query = torch.arange(len(task.old))
-        change = embed(model.text, task.new) - embed(model.text, task.old)
-        scores = ((pool[:len(query)] + change) @ pool.T).cpu()
+        edit = embed(model.text, task.new) - embed(model.text, task.old)
+        scores = (pool[:len(query)] + edit) @ pool.T
         scores[query, query] = -math.inf  # the query itself is no answer
         record["arithmetic"] = task.correct[query, scores.argmax(1)].float().mean().item()
     return record
 
 
-def batches(n, size, seed, start):
-    """From step `start` on, without end: `size` of n indices, each once an epoch, and the epoch. A
-    function of seed and step alone, so that a run can go on where it was."""
-    for step in itertools.count(start):
-        epoch, k = divmod(step, n // size)
-        if k == 0 or step == start:
-            g = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-            order = torch.randperm(n, generator=g)
-        yield share(order[k * size:(k + 1) * size]), epoch
+def batches(n, size, seed):
+    """Without end: `size` of n indices, each once an epoch, and the epoch."""
+    for epoch in itertools.count():
+        g = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        for rows in torch.randperm(n, generator=g).split(size)[:n // size]:
+            yield rows[RANK::WORLD_SIZE], epoch
 
 
 def make_optimizer(model, cfg):
-    """AdamW on what is learned; weight decay on matrices, not on biases, norms, temperature."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in learned if p.ndim > 1]},
-              {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0}]
+    """AdamW; weight decay on matrices, not on biases, norms, temperature."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
 
 
@@ -622,14 +602,16 @@ def measure(run, step, model, optimizer, data):
     if cfg.center and (important or snapshot):
         fold_means(model, *data.train.head(2048 if important else 256))
     if important:
-        losses = training_loss(model, data.train, cfg)
-        require_finite(losses["loss"], step, run)
-    if not is_main():
+        losses = training_loss(model, data, cfg)
+        if not math.isfinite(losses["loss"]):
+            raise UserError(f"the loss is not finite at step {step}: lower --lr or raise "
+                            f"--temperature; {cfg.out} keeps the last good weights")
+    if RANK != 0:
         return
     if snapshot:
         images, texts = data.val.head(256)
         both = torch.stack([embed(model.image, images), embed(model.text, texts)])
-        run.snapshots[step] = both.half().cpu()  # (2, 256, dim)
+        run.snapshots[step] = both.half()  # (2, 256, dim)
     if due(cfg.eval_every):
         run.log(step, losses | evaluate(model, data))
     if due(cfg.checkpoint_every):
@@ -637,16 +619,12 @@ def measure(run, step, model, optimizer, data):
 
 
 def train(cfg, resume=False, model=None, quiet=False):
-    """Train two encoders as cfg says; returns the history, a dict for each evaluation: `step`, the
-    loss and its terms, every metric, `seconds`, `images_per_second`.
-
-    resume: go on with the run in cfg.out. model: your own TwoEncoders to start from.
-    Raises UserError for settings and data that cannot work, and for a loss that is not finite.
-    """
-    cfg = replace(cfg, out=cfg.folder())
+    """Train two encoders; returns the history, a dict for each evaluation: `step`, the loss and its
+    terms, every metric, `seconds`, `images_per_second`. resume: go on with the run in cfg.out.
+    model: your own TwoEncoders to start from. Raises UserError for settings and data that cannot
+    work, and for a loss that is not finite."""
+    cfg = cfg.named()
     cfg.check()
-    if not resume:
-        refuse_existing(cfg.out)
     device = pick_device(cfg)
     data = load_data(cfg)
     torch.manual_seed(cfg.seed)
@@ -657,8 +635,8 @@ def train(cfg, resume=False, model=None, quiet=False):
         remove_initial_gap(model, *data.train.head(2048))
     forward, loss_of = prepare(model, cfg)
     start = run.step
-    source = batches(len(data.train.images), cfg.batch, cfg.seed, start)
-    for step in tqdm(range(start, cfg.steps + 1), cfg.name(), disable=quiet or not is_main()):
+    source = itertools.islice(batches(len(data.train.images), cfg.batch, cfg.seed), start, None)
+    for step in tqdm(range(start, cfg.steps + 1), cfg.name(), disable=quiet or RANK != 0):
         if step > start or not resume:  # measure the weights as they are ...
             measure(run, step, model, optimizer, data)
         if step == cfg.steps:
@@ -668,15 +646,13 @@ def train(cfg, resume=False, model=None, quiet=False):
         with autocast(device):
             x, y, T = forward(images.to(device), texts.to(device))
         loss, _ = loss_of(x, y, T, cfg.unif, cfg.align, cfg.xunif, cfg.center)
-        if step % 50 == 0:  # not every time: a GPU would have to wait for the answer
-            require_finite(loss.item(), step, run)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        model.limit_temperature()
+        model.log_scale.data.clamp_(max=math.log(100))  # T >= 0.01, as in OpenAI's CLIP
     return run.history
 
 
@@ -695,8 +671,7 @@ def canvas(rows, columns, title, width, height):
 
 
 def plot_histories(histories, panels, title, path, xscale="linear"):
-    """A panel for each metric of {metric: its ideal}, a line for each history of
-    {name: history}, against the training step."""
+    """A panel for each metric of {metric: ideal}, a line for each history of {name: history}."""
     rows = len(panels) // 2
     figure, axes = canvas(rows, 2, title, 9.6, 0.6 + 3.2 * rows)
     for axis, (metric, ideal) in zip(axes, panels.items()):
@@ -706,38 +681,33 @@ def plot_histories(histories, panels, title, path, xscale="linear"):
             axis.plot(steps, values, "o-", color=color, markersize=3, label=name)
         axis.axhline(ideal, color="0.5", linestyle=":", label="ideal")
         axis.set(xlabel="training step", ylabel=metric.replace("_", " "), xscale=xscale)
-        axis.set_xlim(left=0)
         axis.legend(fontsize=8)
     figure.savefig(path)
 
 
 def plot_gap(runs, path):
     """The gap over time."""
-    ends = [f"{run.history[-1]['linear_separability']:.0%} ({run.cfg.name()})" for run in runs]
-    names = [run.cfg.name() for run in runs]
-    if len(set(names)) < len(names):
-        names = [run.cfg.out for run in runs]
+    histories = {run.cfg.out: run.history for run in runs}
     panels = {"centroid_distance": 0, "linear_separability": 0.5, "alignment": 0,
               "uniformity_image": uniform_optimum(runs[0].cfg.dim)}
-    plot_histories(dict(zip(names, [run.history for run in runs])), panels,
-                   "A linear classifier tells images from texts in " + ", ".join(ends), path)
+    plot_histories(histories, panels, "The gap over time", path)
 
 
 def draw_pairs(axis, run, step):
-    """Images, texts and lines between a hundred pairs, at one step, in a plane: across, from the
-    images' centroid to the texts', so that the gap is seen in full; upward, what is left
-    of that direction's mean over training without the first."""
+    """Images, texts and lines between a hundred pairs at one step, in the plane of the gap now
+    (across, so that it is seen in full) and of its mean over training."""
+    from matplotlib.collections import LineCollection
     gaps = {k: (both[1].float() - both[0].float()).mean(0) for k, both in run.snapshots.items()}
     mean = torch.stack(list(gaps.values())).mean(0)  # (D,)
     Q, R = torch.linalg.qr(torch.stack([gaps[step], mean], 1))
-    points = run.snapshots[step].float() @ (Q * torch.ones(2).copysign(R.diagonal()))  # (2, n, 2)
-    lines = F.pad(points[:, :100], (0, 0, 0, 0, 0, 1), value=math.nan)  # nan lifts the pen
+    points = (run.snapshots[step].float() @ (Q * R.diagonal().sign())).numpy()  # (2, n, 2)
     axis.clear()
-    axis.plot(*lines.transpose(0, 1).flatten(0, 1).T.numpy(), color="0.8", linewidth=0.5, zorder=1)
-    axis.plot(*points[0].T.numpy(), "o", color="#0072B2", markersize=3, label="images")
-    axis.plot(*points[1].T.numpy(), "^", color="#D55E00", markersize=3, label="texts")
-    axis.set(xlim=(-1, 1), ylim=(-1, 1), xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal",
-             xlabel="along the gap at this step", ylabel="along its mean over training")
+    axis.add_collection(LineCollection(points[:, :100].swapaxes(0, 1), color="0.8", linewidth=0.5))
+    axis.plot(*points[0].T, "o", color="#0072B2", markersize=3, label="images")
+    axis.plot(*points[1].T, "^", color="#D55E00", markersize=3, label="texts")
+    axis.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xlabel="along the gap at this step",
+             ylabel="along its mean over training")
+    axis.locator_params(nbins=2)
     apart = gaps[step].norm()
     axis.set_title(f"{run.cfg.name()}, step {step}: centroids {apart:.2f} apart", fontsize=10)
     axis.legend(loc="lower right", fontsize=8)
@@ -754,38 +724,31 @@ def plot_embeddings(runs, path):
 
 def animate(runs, path):
     """The same over all of training, as a GIF, the runs side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
+    from matplotlib.animation import FuncAnimation
     title = "Images and texts in the space that they share"
-    figure, axes = canvas(1, len(runs), title, 4.5 * len(runs), 4.7)
-    figure.set_dpi(80)
-    agg = FigureCanvasAgg(figure)
-    frames = []
-    for step in sorted(runs[0].snapshots):
+    figure, axes = canvas(1, len(runs), title, 4.5 * len(runs), 4.8)
+
+    def frame(step):
         for axis, run in zip(axes, runs):
             draw_pairs(axis, run, min(run.snapshots, key=lambda other: abs(other - step)))
-        if not frames:  # the layout takes two passes to settle; then the axes stand still
-            agg.draw()
-            agg.draw()
-            figure.set_layout_engine("none")
-        agg.draw()
-        frames.append(Image.frombytes("RGBA", agg.get_width_height(), bytes(agg.buffer_rgba())))
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
-                   duration=[160] * (len(frames) - 1) + [2000])
+
+    steps = sorted(runs[0].snapshots)
+    frame(steps[0])
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, the axes stand still
+    animation = FuncAnimation(figure, frame, steps + steps[-1:] * 5)  # it rests at the end
+    animation.save(path, "pillow", fps=6, dpi=80)
 
 
 def plot_spectrum(runs, path):
     """Cumulative explained variance after training: how many dimensions images and texts use."""
-    title = "The nearer to the dotted line, the more evenly the dimensions are used"
-    figure, (axis,) = canvas(1, 1, title, 6.4, 4.4)
+    figure, (axis,) = canvas(1, 1, "How evenly the dimensions are used", 6.4, 4.4)
     for run, color in zip(runs, itertools.cycle(COLORS)):
         for z, style in zip(run.snapshots[max(run.snapshots)], ("-", "--")):
             variance = torch.linalg.eigvalsh(torch.cov(z.float().T)).flip(0).cumsum(0)
-            share_of_all = F.pad(variance / variance[-1], (1, 0)).numpy()
-            axis.plot(share_of_all, style, color=color)
+            axis.plot((variance / variance[-1]).numpy(), style, color=color)
         axis.plot([], color=color, label=f"{run.cfg.name()} (texts dashed)")
-    axis.plot([0, runs[0].cfg.dim], [0, 1], ":", color="0.5")
-    axis.set(xlabel="principal components", ylabel="share of the variance", ylim=(0, 1.02))
+    axis.set(xlabel="principal components", ylabel="share of the variance")
     axis.legend(fontsize=8)
     figure.savefig(path)
 
@@ -793,11 +756,13 @@ def plot_spectrum(runs, path):
 def plot_samples(runs, path):
     """A contact sheet of validation pairs."""
     figure, axes = canvas(3, 4, "Validation pairs", 9, 7.5)
-    for axis in axes:
-        axis.axis("off")
-    for axis, image, caption in zip(axes, *runs[0].samples):
+    images, tokens = runs[0].samples
+    for axis, image, row in zip(axes, images, tokens):
         axis.imshow(image.permute(1, 2, 0).numpy())
-        axis.set_title(textwrap.fill(caption, 28, max_lines=3), fontsize=8)
+        axis.axis("off")
+        if row.ndim == 1:  # not, with the same modality, an image
+            words = " ".join(runs[0].vocab[k] for k in row if k)
+            axis.set_title(textwrap.fill(words, 28, max_lines=3), fontsize=8)
     figure.savefig(path)
 
 
@@ -811,7 +776,7 @@ FIGURES = {"gap.png": plot_gap, "embeddings.png": plot_embeddings, "spectrum.png
 # 8. Settings
 # --------------------------------------------------------------------------------------------------
 class UserError(Exception):
-    """Something that the user can mend; the command line prints it as one line and exits with 2."""
+    """What the user can mend: the command line prints it as one line and exits with 2."""
 
 
 @dataclass
@@ -828,7 +793,7 @@ class Config:
     mismatch: float = 0.0  # share of the training images that get each other's captions
     single: float = 0.1  # share of scenes with a single object
     image_size: int = 0  # side of the images; 0 for 32 (scenes) or 64 (photographs)
-    cache: str = ""  # folder for decoded photographs; else cgap/ in the user's cache folder
+    cache: str = "~/.cache/cgap"  # folder for decoded photographs
     vocab: int = 10_000  # how many words are known, the most frequent in training
     context: int = 32  # words in a caption; longer ones are cut
     zero_shot: str = ""  # with photographs: a folder of images per class, to classify
@@ -848,37 +813,35 @@ class Config:
 
     def check(self):
         """Raise UserError for the first setting that cannot work, or does nothing."""
-        least = {"temperature": 1e-3, "vocab": 1, "context": 1, "dim": 2, "steps": 1, "batch": 2,
+        scenes = self.data == "synthetic"
+        least = {"temperature": 0.01, "vocab": 1, "context": 1, "dim": 2, "steps": 1, "batch": 2,
                  "eval_every": 1, "checkpoint_every": 1}
-        most = {"mismatch": 1, "single": 1}
-        idle = {"single": self.data != "synthetic", "cache": self.data == "synthetic",
-                "zero_shot": self.data == "synthetic" or self.same_modality,
-                "mismatch": self.same_modality}
+        idle = {"single": not scenes, "cache": scenes, "mismatch": self.same_modality,
+                "zero_shot": scenes or self.same_modality}
         for name, value in vars(self).items():
             low = least.get(name, 0)
-            high = most.get(name, 1e30)
-            if isinstance(value, (int, float)) and not low <= value <= high:  # nan is not
+            high = 1 if name in ("mismatch", "single") else math.inf
+            if not isinstance(value, str) and not low <= value <= high:  # nan is not
                 raise UserError(f"{option(name)} must be from {low} to {high}, not {value}")
             if idle.get(name) and value != getattr(Config, name):
                 raise UserError(f"{option(name)} does nothing with these data: leave it out")
         if self.init_gap not in ("keep", "remove"):
             raise UserError(f"--init-gap is `keep` or `remove`, not `{self.init_gap}`")
-        if self.learn_temperature and self.temperature < 0.01:
-            raise UserError("--learn-temperature needs a --temperature of 0.01 or above")
-        if self.batch % world_size():
-            raise UserError(f"--batch {self.batch} cannot be split over {world_size()} processes")
+        if self.batch % WORLD_SIZE:
+            raise UserError(f"--batch {self.batch} cannot be split over {WORLD_SIZE} processes")
+
 
     def name(self):
         """The loss in short, for folders and legends."""
         known = {(0, 0, 0): "CLIP", (1, 1, 0): "CUA", (1, 1, 1): "CUAXU"}
-        weights = (self.unif, self.align, self.xunif)
-        name = known.get(weights, "CLIP+{:g}unif+{:g}align+{:g}xunif".format(*weights))
+        name = known.get((self.unif, self.align, self.xunif),
+                         f"CLIP+{self.unif:g}unif+{self.align:g}align+{self.xunif:g}xunif")
         return name + ", centred" * self.center
 
-    def folder(self):
-        """The folder of the run, named after the time and the loss if it has no name yet."""
-        name = f"{self.name()}-{self.seed}".replace(", ", "-")
-        return self.out or time.strftime("runs/%Y%m%d-%H%M%S-") + name
+    def named(self):
+        """The same with a folder, named after the time and the loss if it has none yet."""
+        name = self.name().replace(", ", "-")
+        return replace(self, out=self.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{name}"))
 
 
 def option(name):
@@ -887,48 +850,49 @@ def option(name):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Photographs: MS-COCO or a CSV file, decoded once into a cache that later runs map
+# 9. Photographs, decoded once into a cache that later runs map
 # --------------------------------------------------------------------------------------------------
 def read_coco(folder, split):
     """{image path: [captions]} of `train` or `val` in COCO's 2014 or 2017 layout, or {}."""
-    captions = {}
+    captions = defaultdict(list)
     for file in folder.glob(f"annotations/captions_{split}20[0-9][0-9].json"):
         content = json.loads(file.read_bytes())
         images = folder / file.stem.removeprefix("captions_")
         paths = {image["id"]: images / image["file_name"] for image in content["images"]}
         for note in content["annotations"]:
-            captions.setdefault(paths[note["image_id"]], []).append(note["caption"])
+            captions[paths[note["image_id"]]].append(note["caption"])
     return captions
 
 
 def read_csv(file):
     """{image path: [captions]} of a file with the header image,caption; paths relative to it."""
-    captions = {}
+    captions = defaultdict(list)
     with open(file, newline="", encoding="utf-8-sig") as lines:
         for row in csv.DictReader(lines):
             if None in row or None in row.values():
                 raise ValueError(f"not two fields: {row}")
-            captions.setdefault(file.parent / row["image"], []).append(row["caption"])
+            captions[file.parent / row["image"]].append(row["caption"])
     return captions
 
 
 def read_pairs(source):
-    """[training, validation], {image path: [captions]} each; a tenth is held out if need be."""
+    """(training, validation), {image path: [captions]} each; a tenth is held out if need be."""
     try:
         train = read_csv(source) if source.is_file() else read_coco(source, "train")
-        val = read_coco(source, "val") or dict(list(train.items())[::10])
         if not train:
             raise ValueError("no annotations/captions_train20xx.json, no rows")
+        val = read_coco(source, "val") or {path: train.pop(path) for path in list(train)[::10]}
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{source} is neither COCO's folder nor a CSV file in UTF-8 with the "
                         f"header image,caption ({type(error).__name__}: {error})") from None
-    return [{path: train[path] for path in train if path not in val}, val]
+    return train, val
 
 
 def load_photo(path, size):
-    """The image as people see it (upright, its first frame, white where it is transparent), scaled
-    and centre-cropped: (3, size, size) uint8. Raises OSError where it cannot be read."""
+    """The image as people see it (upright, white where transparent), scaled and centre-cropped:
+    (3, size, size) uint8. Raises OSError where it cannot be read."""
     from PIL import Image, ImageOps
+    from torchvision.transforms.functional import pil_to_tensor
     try:
         with Image.open(path) as image:
             image.draft(None, (2 * size, 2 * size))  # decodes a JPEG no larger than this needs
@@ -936,12 +900,38 @@ def load_photo(path, size):
             if image.mode.startswith("I"):  # 16 bits a pixel
                 image = image.point(lambda value: value / 256).convert("L")
             image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.Resampling.BICUBIC)
-            white = Image.new("RGBA", image.size, "white")
-            pixels = Image.alpha_composite(white, image).convert("RGB").tobytes()
     except Exception as error:  # a broken file may raise anything
         raise OSError(f"{path} ({error or type(error).__name__})") from None
-    pixels = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
-    return pixels.view(size, size, 3).permute(2, 0, 1)
+    white = Image.new("RGBA", image.size, "white")
+    return pil_to_tensor(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def decode(source, cfg, size):
+    """What the cache holds: {split: (images, tokens)} with five captions an image, repeated if
+    there are fewer, the vocabulary, and why images were left out that cannot be read."""
+    faults = []
+    content = {"faults": faults}
+
+    def load(path):
+        try:
+            return load_photo(path, size)
+        except OSError as error:
+            faults.append(str(error))
+
+    for split, captions in zip(("train", "val"), read_pairs(source)):
+        paths = list(captions)[:cfg.limit or None]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the GIL
+            images = list(tqdm(pool.map(load, paths), "decoding", len(paths), unit="image"))
+        texts = [captions[path] for path, image in zip(paths, images) if image is not None]
+        images = [image for image in images if image is not None]
+        if len(images) < 0.9 * len(paths):
+            raise UserError(f"{len(images)} of {len(paths)} images can be read; not {faults[0]}")
+        five = [captions[k % len(captions)] for captions in texts for k in range(5)]
+        if split == "train":
+            content["vocab"] = make_vocab(five, cfg.vocab)
+        tokens = tokenize(five, content["vocab"], cfg.context).unflatten(0, (-1, 5))
+        content[split] = (torch.stack(images), tokens)
+    return content
 
 
 def photo_data(cfg):
@@ -951,85 +941,47 @@ def photo_data(cfg):
     if source.is_file():
         files = [source, *itertools.chain(*read_pairs(source))]
     else:
-        files = itertools.chain.from_iterable(os.scandir(folder) for folder in source.glob("*/"))
+        files = itertools.chain.from_iterable(map(os.scandir, source.glob("*/")))
     # The name is a hash of all that decides the content, so that a stale cache is never found.
     state = [__version__, size, cfg.vocab, cfg.context, cfg.limit]
     for file in sorted(filter(os.path.exists, map(os.fspath, files))):
-        state += [file, os.stat(file).st_size, os.stat(file).st_mtime_ns]
+        status = os.stat(file)
+        state += [file, status.st_size, status.st_mtime_ns]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
-    home = cfg.cache or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/cgap"
-    cache = Path(home).expanduser() / f"{source.stem}-{key}.pt"
-    if not cache.exists():
-        save_whole(decode(read_pairs(source), cfg, size), cache)
+    cache = Path(cfg.cache).expanduser() / f"{source.stem}-{key}.pt"
+    if RANK == 0 and not cache.exists():
+        save_whole(decode(source, cfg, size), cache)
+    if WORLD_SIZE > 1:
+        torch.distributed.barrier()  # the first process makes the cache, the others find it
     found = torch.load(cache, weights_only=True, mmap=True)
-    if found["faults"] and is_main():
+    if found["faults"] and RANK == 0:
         print("warning: left out are", *found["faults"], sep="\n  ", file=sys.stderr)
-    splits = []
-    for rows in (slice(found["n"]), slice(found["n"], None)):
-        splits.append(Pairs(found["images"][rows], found["tokens"], found["first"][rows],
-                            found["count"][rows]))
-    return Data(*splits, found["vocab"], folder_classes(cfg, size, found["vocab"]), None)
-
-
-def decode(splits, cfg, size):
-    """What the cache holds: all images, and the words of their captions as numbers. Images that
-    cannot be read are left out, and named."""
-    train, val = [list(split.items())[:cfg.limit or None] for split in splits]
-    pairs = train + val
-    for path, texts in pairs:
-        if not all(map(split_words, texts)):
-            raise UserError(f"{cfg.data}: {path} has a caption without words")
-    images = torch.empty(len(pairs), 3, size, size, dtype=torch.uint8)
-
-    def load(i):
-        try:
-            images[i] = load_photo(pairs[i][0], size)
-        except OSError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: Pillow decodes without the GIL
-        faults = list(tqdm(pool.map(load, range(len(pairs))), "decoding", len(pairs), unit="image"))
-    good = [i for i, fault in enumerate(faults) if not fault]
-    faults = list(filter(None, faults))
-    if len(faults) > len(pairs) / 10:
-        raise UserError(f"{len(faults)} of {len(pairs)} images cannot be read, such as {faults[0]}")
-    n = sum(i < len(train) for i in good)
-    count = torch.tensor([len(pairs[i][1]) for i in good])
-    texts = [text for i in good for text in pairs[i][1]]
-    vocab = make_vocab(texts[:int(count[:n].sum())], cfg.vocab)
-    tokens = tokenize(texts, vocab, cfg.context)
-    return {"images": images[good], "n": n, "faults": faults, "vocab": vocab, "tokens": tokens,
-            "first": count.cumsum(0) - count, "count": count}
+    return Data(Pairs(*found["train"]), Pairs(*found["val"]), found["vocab"],
+                cfg.zero_shot and folder_classes(cfg, size, found["vocab"]), None)
 
 
 def folder_classes(cfg, size, vocab):
     """The zero-shot task from a folder of images per class: "a photo of a <folder name>"."""
-    if not cfg.zero_shot:
-        return None
     from torchvision.datasets import ImageFolder
     folder = ImageFolder(cfg.zero_shot, loader=lambda path: load_photo(path, size))
-    images = torch.stack([image for image, _ in folder])
     prompts = [f"a photo of a {name.replace('_', ' ')}" for name in folder.classes]
-    tokens = tokenize(prompts, vocab, cfg.context)
-    return ZeroShot(images, torch.tensor(folder.targets), tokens, None)
+    return ZeroShot(torch.stack([image for image, _ in folder]), torch.tensor(folder.targets),
+                    tokenize(prompts, vocab, cfg.context), None)
 
 
 def load_data(cfg):
     """The Data that cfg names, on the CPU. Raises UserError where it cannot be used."""
-    if not is_main():
-        torch.distributed.barrier()  # the first process makes the cache, the others find it
     data = scene_data(cfg) if cfg.data == "synthetic" else photo_data(cfg)
-    if is_main() and world_size() > 1:
-        torch.distributed.barrier()
-    train = data.train
-    if len(train.images) < cfg.batch or len(data.val.images) < 5:
-        raise UserError(f"{len(train.images)} training and {len(data.val.images)} validation "
-                        f"images are too few for --batch {cfg.batch}, or to measure a gap (5)")
-    partner = mismatched(len(train.images), cfg.mismatch, torch.Generator().manual_seed(cfg.seed))
-    train.first = train.first[partner]
-    train.count = train.count[partner]
+    train = len(data.train.images)
+    val = len(data.val.images)
+    if train < cfg.batch or val < 5:
+        raise UserError(f"{train} training and {val} validation images are too few for --batch "
+                        f"{cfg.batch}, or to measure a gap (5)")
+    if cfg.mismatch:
+        torch.manual_seed(cfg.seed)
+        data.train.tokens = data.train.tokens[mismatched(train, cfg.mismatch)]
     if cfg.same_modality:
-        train.tokens = data.val.tokens = None
+        data.train.tokens = data.val.tokens = None
         data = data._replace(zero_shot=None, arithmetic=None)
     return data
 
@@ -1037,24 +989,13 @@ def load_data(cfg):
 # --------------------------------------------------------------------------------------------------
 # 10. Devices and processes
 # --------------------------------------------------------------------------------------------------
-def world_size():
-    """How many processes torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_main():
-    """Whether this process is the one that measures, writes and shows progress."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def share(rows):
-    """This process's part of the rows of a batch."""
-    return rows[int(os.environ.get("RANK", 0))::world_size()]
+RANK = int(os.environ.get("RANK", 0))  # as torchrun sets them, a process each
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def gather(rows):
-    """The rows (n, D) of every process to those of all (world * n, D), with gradients: each process
-    then has the whole loss, and DDP's mean of their gradients is the gradient of that."""
+    """The rows (n, D) of every process, (world * n, D), with gradients: each then has the whole
+    loss, and DDP's mean of their gradients is the gradient of that."""
     from torch.distributed.nn.functional import all_gather
     return torch.cat(all_gather(rows))
 
@@ -1069,14 +1010,13 @@ def pick_device(cfg):
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        message = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: {message}; try --device cpu") from None
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} cannot be used here; try --device cpu") from None
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # before any parallel work, or only this thread does
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size() > 1 and not torch.distributed.is_initialized():
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         # A day: the others wait while the first decodes photographs, or evaluates.
         torch.distributed.init_process_group(timeout=timedelta(days=1))
     return device
@@ -1094,15 +1034,14 @@ def prepare(model, cfg):
     if cfg.compile:
         model = torch.compile(model)
         loss_of = torch.compile(loss_of)
-    if world_size() == 1:
+    if WORLD_SIZE == 1:
         return model, loss_of
     model = nn.parallel.DistributedDataParallel(model)
     return model, lambda x, y, *settings: loss_of(gather(x), gather(y), *settings)
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Runs: a folder with config.json, metrics.jsonl (a line for each evaluation), checkpoint.pt and
-# figures
+# 11. Runs: a folder with metrics.jsonl (a line for each evaluation), checkpoint.pt and figures
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Run:
@@ -1110,7 +1049,7 @@ class Run:
     cfg: Config
     version: str
     vocab: list
-    samples: list  # a few validation images, and their captions
+    samples: tuple  # a few validation images, and their captions
     step: int
     seconds: float
     history: list
@@ -1120,39 +1059,32 @@ class Run:
 
     def log(self, step, measured):
         """Add an evaluation to the history, and write it down."""
-        seconds = self.seconds + time.perf_counter() - self.began
-        before = self.history[-1] if self.history else {"step": 0, "seconds": 0}
-        speed = (step - before["step"]) * self.cfg.batch / (seconds - before["seconds"])
-        measured |= {"seconds": seconds, "images_per_second": speed}
+        seconds = time.perf_counter() - self.began
+        measured |= {"seconds": seconds, "images_per_second": step * self.cfg.batch / seconds}
         self.history.append({"step": step, **measured})
-        out = Path(self.cfg.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1) + "\n")
         lines = [json.dumps(record) + "\n" for record in self.history]
-        (out / "metrics.jsonl").write_text("".join(lines))
+        Path(self.cfg.out).mkdir(parents=True, exist_ok=True)
+        Path(self.cfg.out, "metrics.jsonl").write_text("".join(lines))
 
     def save(self, step, model, optimizer):
         """Write the checkpoint."""
-        now = time.perf_counter()
         self.step = step
-        self.seconds += now - self.began
-        self.began = now
+        self.seconds = time.perf_counter() - self.began
         self.model = model.state_dict()
         self.optimizer = optimizer.state_dict()
-        content = {f.name: getattr(self, f.name) for f in fields(self)} | {"cfg": asdict(self.cfg)}
-        save_whole(content, Path(self.cfg.out) / "checkpoint.pt")
+        save_whole(asdict(self), Path(self.cfg.out, "checkpoint.pt"))
 
 
 def save_whole(content, path):
     """torch.save, with a whole file under that name at every instant."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(f"{path}.{os.getpid()}.tmp")
-    draft.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.save(content, draft)
-    except RuntimeError as error:  # so torch reports a full disk
+        with open(draft, "wb") as file:
+            torch.save(content, file)
+        os.replace(draft, path)
+    finally:
         draft.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({str(error)[:80]})") from None
-    os.replace(draft, path)
 
 
 def load_run(folder):
@@ -1163,18 +1095,11 @@ def load_run(folder):
     try:
         run = Run(**torch.load(path, weights_only=True, map_location="cpu"))
         assert run.version == __version__
-        run.cfg = Config(**run.cfg)
+        run.cfg = Config(**run.cfg | {"out": str(folder)})
     except Exception as error:  # whatever a broken or a foreign file may raise
         raise UserError(f"{path} is broken, or not a checkpoint of cgap {__version__} "
                         f"({type(error).__name__})") from None
     return run
-
-
-def load_model(run):
-    """The TwoEncoders of a run, on the CPU."""
-    model = TwoEncoders(run.cfg, len(run.vocab))
-    model.load_state_dict(run.model)
-    return model
 
 
 def open_run(cfg, data, model, optimizer, resume):
@@ -1185,28 +1110,12 @@ def open_run(cfg, data, model, optimizer, resume):
             raise UserError(f"{cfg.out} was trained on other words than {cfg.data} has now")
         model.load_state_dict(run.model)
         optimizer.load_state_dict(run.optimizer)
-        for draft in Path(cfg.out).glob("*.tmp"):  # of a run that was killed while it wrote
-            draft.unlink(missing_ok=True)
+    elif Path(cfg.out).exists():
+        raise UserError(f"--out {cfg.out} exists already: name another, or --resume {cfg.out}")
     else:
-        images, tokens = data.val.head(12)
-        rows = tokens.tolist() if data.val.tokens is not None else [[]] * 12
-        captions = [" ".join(data.vocab[k] for k in row if k) for row in rows]
-        run = Run(cfg, __version__, data.vocab, [images, captions], 0, 0.0, [], {}, {}, {})
-    run.began = time.perf_counter()
+        run = Run(cfg, __version__, data.vocab, data.val.head(12), 0, 0.0, [], {}, {}, {})
+    run.began = time.perf_counter() - run.seconds
     return run
-
-
-def refuse_existing(folder):
-    """Raise UserError if the folder is there: no run is written over."""
-    if Path(folder).exists():
-        raise UserError(f"--out {folder} exists already: name another, or --resume {folder}")
-
-
-def require_finite(loss, step, run):
-    """Raise UserError if the loss is not: before a checkpoint could keep such weights."""
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is not finite at step {step}: lower --lr or raise "
-                        f"--temperature; {run.cfg.out} keeps the last good weights")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1214,13 +1123,13 @@ def require_finite(loss, step, run):
 # --------------------------------------------------------------------------------------------------
 def report(run):
     """Print what a run has changed: each metric at the start and at the end, beside its ideal."""
-    first = run.history[0]
-    last = run.history[-1]
     dim = run.cfg.dim
     ideal = {"centroid_distance": 0, "linear_separability": 0.5, "linear_separability_c100": 0.5,
              "alignment": 0, "uniformity_image": uniform_optimum(dim),
              "uniformity_text": uniform_optimum(dim), "cross_uniformity": uniform_optimum(dim),
              "effective_rank_image": dim, "effective_rank_text": dim}
+    first = run.history[0]
+    last = run.history[-1]
     print(f"\n{run.cfg.name()}, {last['step']} of {run.cfg.steps} steps, seed {run.cfg.seed}, "
           f"{last['seconds']:.0f} s\n{'start':>34}{'end':>10}{'ideal':>10}")
     for name in list(last)[6:-2]:  # all metrics: before them come the step and the loss
@@ -1228,25 +1137,23 @@ def report(run):
         print(f"{name:24}{first[name]:10.3f}{last[name]:10.3f}{best}")
 
 
-def points(folder, **settings):
+def points(out="runs/points", **settings):
     """Run the smallest gap, print its table and draw it."""
     torch.set_num_threads(1)  # so little work is not worth sharing
     torch.set_flush_denormal(True)
     histories = {}
-    print(f"{'linear separability':26}   start step 20     end   uniformity  effective T")
+    print(f"{'separability':>40}\n{'start':>32}{'end':>8}   uniformity  effective T")
     for loss, weight in (("CLIP", 0.0), ("CUA", 1.0)):
         for offset in (False, True):
             name = f"{loss}, {'with' if offset else 'without'} an offset"
-            history = smallest_gap(offset, unif=weight, align=weight, **settings)
-            histories[name] = history
-            early = [record["linear_separability"] for record in history if record["step"] <= 20]
-            last = history[-1]
-            print(f"{name:26}{early[0]:8.2f}{early[-1]:8.2f}{last['linear_separability']:8.2f}"
-                  f"{last['uniformity_image']:13.2f}{last['effective_temperature']:13.3f}")
-    folder.mkdir(parents=True, exist_ok=True)
+            histories[name] = smallest_gap(offset, unif=weight, align=weight, **settings)
+            start, *_, end = histories[name]
+            print(f"{name:24}{start['linear_separability']:8.2f}{end['linear_separability']:8.2f}"
+                  f"{end['uniformity_image']:13.2f}{end['effective_temperature']:13.3f}")
+    Path(out).mkdir(parents=True, exist_ok=True)
     plot_histories(histories, {"linear_separability": 0.5, "centroid_distance": 0},
-                   "Free points: does a gap open?", folder / "points.png", "symlog")
-    print(folder / "points.png")
+                   "Free points: does a gap open?", Path(out, "points.png"), "symlog")
+    print(Path(out, "points.png"))
 
 
 def plot(folders, out):
@@ -1254,23 +1161,16 @@ def plot(folders, out):
     runs = [load_run(folder) for folder in folders]
     if len({run.cfg.dim for run in runs}) > 1:
         raise UserError("--plot lays runs over each other that have the same --dim")
-    out.mkdir(parents=True, exist_ok=True)
+    Path(out).mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
-        draw(runs, out / name)
-        print(out / name)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors that end like all others."""
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
+        draw(runs, Path(out, name))
+        print(Path(out, name))
 
 
 def parse(argv):
     """The flags that were given, as a dict: fields of Config, and what to do but a new run."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser("cgap.py", argparse.SUPPRESS, __doc__.split("\n")[0],
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--points", action="store_true", help="the smallest gap: no encoders")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw a run, or several as one")
@@ -1284,25 +1184,25 @@ def parse(argv):
 
 def run_command(given):
     """Do what the flags say."""
-    mode = next((name for name in ("points", "plot", "resume") if name in given), None)
     useful = {"points": {"temperature", "dim", "seed", "steps", "batch", "mismatch", "out"},
-              "plot": {"out"}, "resume": {"device"}, None: given.keys()}
-    for name in given.keys() - useful[mode] - {mode}:
+              "plot": {"out"}, "resume": {"device"}}
+    mode = next((name for name in useful if name in given), None)
+    for name in given.keys() - useful.get(mode, given.keys()) - {mode}:
         raise UserError(f"{option(name)} does nothing with {option(mode)}: leave it out")
     what = given.pop(mode, None)
     if mode == "points":
         Config(**given).check()
         if given.get("batch", 64) > 512:
             raise UserError("--points has 512 pairs: --batch is at most that")
-        return points(Path(given.pop("out", "runs/points")), **given)
+        return points(**given)
     if mode == "plot":
-        return plot(what, Path(given.get("out", what[0] if len(what) == 1 else "runs/plot")))
-    cfg = replace(load_run(what).cfg, out=what, **given) if mode else Config(**given)
-    cfg.out = cfg.folder()
+        return plot(what, given.get("out", what[0] if len(what) == 1 else "runs/plot"))
+    cfg = replace(load_run(what).cfg, **given) if mode else Config(**given)
+    cfg = cfg.named()
     train(cfg, resume=mode == "resume")
-    if is_main():
+    if RANK == 0:
         report(load_run(cfg.out))
-        plot([cfg.out], Path(cfg.out))
+        plot([cfg.out], cfg.out)
 
 
 def main(argv=None):

@@ -4,6 +4,7 @@ the real script, run as a user runs it."""
 
 import csv
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that share so little work only wait for each other
@@ -36,12 +37,8 @@ TASKS = {"i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "zero_shot", "zero_shot_unseen"
 PATIENCE = 300  # seconds at most, for what takes a few on an idle machine
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def clouds(N, D, apart):
@@ -51,12 +48,11 @@ def clouds(N, D, apart):
     return x - shift, x + draw(N, D, seed=1) + shift
 
 
-def with_gradients(loss, x, y, *args, **options):
-    """[total, its gradient for x, for y] as float64."""
-    x = x.detach().clone().requires_grad_()
-    y = y.detach().clone().requires_grad_()
-    total = loss(x, y, *args, **options)[0]
-    return [z.double() for z in (total.detach(), *torch.autograd.grad(total, (x, y)))]
+def with_gradients(loss, x, y, T, *args):
+    """[total, its gradients for x, y and T] as float64."""
+    inputs = [z.detach().clone().requires_grad_() for z in (x, y, torch.tensor(T, dtype=x.dtype))]
+    total = loss(*inputs, *args)[0]
+    return [z.double() for z in (total.detach(), *torch.autograd.grad(total, inputs))]
 
 
 def assert_close(got, expected, tolerance):
@@ -69,83 +65,56 @@ def assert_close(got, expected, tolerance):
 def place(tmp_path, monkeypatch):
     """In tmp_path, caches too, on one thread."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     torch.set_num_threads(1)
 
 
 # ==================================================================================================
 # 1. Closed forms and slow independent references
 # ==================================================================================================
+def mean_exp(squares):
+    return squares.mul(-2).exp().mean().log()
+
+
 def paper_loss(x, y, T=0.01, unif=0.0, align=0.0, xunif=0.0, center=False):
     """The paper's definitions as one writes them down, by distances between pairs, in float64."""
-    x = x.double()
-    y = y.double()
+    x, y = x.double(), y.double()
     if center:
-        x = x - torch.ones(1, len(x)).double() @ x / len(x)
-        y = y - torch.ones(1, len(y)).double() @ y / len(y)
-    x = x / x.norm(dim=1, keepdim=True)
-    y = y / y.norm(dim=1, keepdim=True)
+        x, y = x - x.sum(0) / len(x), y - y.sum(0) / len(y)
+    x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
     pair = torch.arange(len(x))
     logits = x @ y.T / T
     others = ~torch.eye(len(x), dtype=torch.bool)
     terms = {"clip": (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2,
              "align": (x - y).norm(dim=1).pow(2).mean(),
-             "unif": sum(torch.pdist(z).pow(2).mul(-2).exp().mean().log() for z in (x, y)) / 2,
-             "xunif": torch.cdist(x, y).masked_select(others).pow(2).mul(-2).exp().mean().log()}
+             "unif": (mean_exp(torch.pdist(x).pow(2)) + mean_exp(torch.pdist(y).pow(2))) / 2,
+             "xunif": mean_exp(torch.cdist(x, y).masked_select(others).pow(2))}
     return terms["clip"] + unif * terms["unif"] + align * terms["align"] + xunif * terms["xunif"], terms
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float64, 1e-9)])
-@pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("weights", [(0, 0, 0), (1, 1, 0), (0.3, 0, 2)])
-@pytest.mark.parametrize("N, copies", [(3, 0), (64, 9), (257, 0)])
-def test_loss_and_gradients_equal_the_definitions(N, copies, weights, center, dtype, tolerance):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-5), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("weights", [(0, 0, 0, False), (1, 1, 0, True), (0.3, 0, 2, False)])
+@pytest.mark.parametrize("N, copies", [(3, 0), (64, 9)])
+def test_loss_and_gradients_equal_the_definitions(N, copies, weights, dtype, tolerance):
     x, y = (z.to(dtype) for z in clouds(N, 16, 2))
-    x[:copies] = x[N - 1]  # duplicate rows
-    y[:copies] = y[N - 1]
-    total, terms = cgap_loss(x.requires_grad_(), y, 0.05, *weights, center)
+    x[:copies], y[:copies] = x[N - 1], y[N - 1]  # duplicate rows
+    total, terms = cgap_loss(x.requires_grad_(), y, 0.05, *weights)
     assert total.dtype == dtype and terms.keys() == TERMS and total.requires_grad
     assert not any(term.requires_grad for term in terms.values())  # a kept one would keep its matrix
-    for name, value in paper_loss(x, y, 0.05, center=center)[1].items():
+    for name, value in paper_loss(x, y, 0.05, center=weights[3])[1].items():
         assert terms[name].item() == pytest.approx(value.item(), rel=tolerance, abs=tolerance)
-    assert_close(with_gradients(cgap_loss, x, y, 0.05, *weights, center),
-                 with_gradients(paper_loss, x, y, 0.05, *weights, center), tolerance)
+    assert_close(with_gradients(cgap_loss, x, y, 0.05, *weights), with_gradients(paper_loss, x, y, 0.05, *weights),
+                 tolerance)
 
 
-@pytest.mark.parametrize("N, T", [(2, 0.01), (64, 1.0)])
-def test_closed_forms(N, T):
-    eye = torch.eye(2 * N, dtype=torch.float64)
-    same = cgap_loss(eye[:N], eye[:N], T)[1]
-    assert same["clip"].item() == pytest.approx(math.log1p((N - 1) * math.exp(-1 / T)), abs=1e-12)
-    assert same["unif"].item() == pytest.approx(-4) and same["xunif"].item() == pytest.approx(-4)
-    orthogonal = cgap_loss(eye[:N], eye[N:], T)[1]
+def test_closed_forms():
+    eye = torch.eye(128, dtype=torch.float64)
+    same = cgap_loss(eye[:64], eye[:64])[1]  # T is the paper's 0.01
+    assert same["clip"].item() == pytest.approx(math.log1p(63 * math.exp(-100)), abs=1e-12)
+    assert same["unif"].item() == same["xunif"].item() == pytest.approx(-4)
+    orthogonal = cgap_loss(eye[:64], eye[64:])[1]
     assert orthogonal["align"].item() == pytest.approx(2)
-    assert orthogonal["clip"].item() == pytest.approx(math.log(N))  # it knows nothing
-
-
-def test_gradcheck():
-    inputs = [z.requires_grad_() for z in (draw(4, 3), draw(4, 3, seed=1), torch.tensor(0.3).double())]
-    for center in (False, True):
-        assert torch.autograd.gradcheck(lambda x, y, T: cgap_loss(x, y, T, 1, 0.5, 2, center)[0], inputs)
-
-
-def test_loss_ignores_the_order_of_pairs_the_scale_of_inputs_and_centred_an_offset():
-    x, y = clouds(50, 8, 1)
-    order = torch.randperm(50, generator=seeded())
-    expected = cgap_loss(x, y, 0.1, 1, 1, 1)[0]
-    assert_close([cgap_loss(9 * x[order], y[order] / 7, 0.1, 1, 1, 1)[0]], [expected], 1e-9)
-    shifted = [with_gradients(cgap_loss, x + shift, y - shift, 0.1, 1, 1, 1, center=True) for shift in (0, 5)]
-    assert_close(*shifted, 1e-9)
-    assert abs(cgap_loss(x + 5, y - 5, 0.1, 1, 1, 1)[0] - expected) > 0.1
-
-
-def test_the_temperature_is_the_papers_or_learned():
-    x, y = clouds(20, 8, 1)
-    T = torch.tensor(0.1).double().requires_grad_()
-    assert cgap_loss(x, y)[0].item() == pytest.approx(paper_loss(x, y, T=0.01)[0].item(), rel=1e-9)
-    cgap_loss(x, y, T, 1, 1, 1)[0].backward()
-    slope = (paper_loss(x, y, 0.1 + 1e-6)[0] - paper_loss(x, y, 0.1 - 1e-6)[0]) / 2e-6
-    assert abs(slope) > 0.1 and T.grad.item() == pytest.approx(slope.item(), rel=1e-6)
+    assert orthogonal["clip"].item() == pytest.approx(math.log(64))  # it knows nothing
 
 
 def test_half_precision_inputs_and_autocast_compute_in_float32():
@@ -196,8 +165,7 @@ def test_gap_metrics_equal_their_definitions():
     terms = paper_loss(x, y)[1]
     expected = {"centroid_distance": math.dist(x.mean(0), y.mean(0)), "matched_cosine": (x * y).sum(1).mean(),
                 "alignment": terms["align"], "cross_uniformity": terms["xunif"],
-                "uniformity_image": F.pdist(x).pow(2).mul(-2).exp().mean().log(),
-                "uniformity_text": F.pdist(y).pow(2).mul(-2).exp().mean().log(),
+                "uniformity_image": mean_exp(F.pdist(x).pow(2)), "uniformity_text": mean_exp(F.pdist(y).pow(2)),
                 "effective_rank_image": slow_rank(x), "effective_rank_text": slow_rank(y)}
     state = torch.get_rng_state()
     got = gap_metrics(7 * x.float(), y.float() / 3)
@@ -205,37 +173,26 @@ def test_gap_metrics_equal_their_definitions():
     for name, value in expected.items():
         assert got[name] == pytest.approx(float(value), abs=1e-5), name
     assert torch.equal(torch.get_rng_state(), state)
-    with torch.inference_mode():
-        assert gap_metrics(7 * x.float(), y.float() / 3) == got
 
 
-def test_many_pairs_are_measured_on_a_fixed_sample():
-    x, y = (z.float() for z in clouds(5200, 4, 1))
-    got = gap_metrics(x, y)["uniformity_image"]
-    assert got == pytest.approx(F.pdist(F.normalize(x, dim=1)).pow(2).mul(-2).exp().mean().log().item(), abs=0.02)
-    assert gap_metrics(x, y)["uniformity_image"] == got
+def test_uniformity_of_many_pairs_is_that_of_a_part():
+    x = draw(10_001, 4).float()
+    expected = mean_exp(F.pdist(F.normalize(x[::3], dim=1)).pow(2)).item()
+    assert gap_metrics(x, x)["uniformity_image"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("C", [1, 100])
 @pytest.mark.parametrize("apart, low, high", [(20, 1, 1), (1.5, .65, .9), (0, .4, .6)])
 def test_separability_is_the_held_out_accuracy_of_logistic_regression(apart, low, high, C):
     x, y = (F.normalize(z, dim=1) for z in clouds(500, 5, apart))
-    order = torch.randperm(500, generator=seeded())
-    z = F.pad(torch.cat([x[order[:400]], y[order[:400]]]), (0, 1), value=1.0)
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    fit, held_out = (F.pad(torch.cat([x[part], y[part]]), (0, 1), value=1.0) for part in (order[:400], order[400:]))
     labels = torch.arange(2.).repeat_interleave(400).double()
-    w = cgap.fit_logistic(z, labels, C).requires_grad_()
-    objective = w[:-1] @ w[:-1] / 2 + C * F.binary_cross_entropy_with_logits(z @ w, labels, reduction="sum")
+    w = cgap.fit_logistic(fit, labels, C).requires_grad_()
+    objective = w[:-1] @ w[:-1] / 2 + C * F.binary_cross_entropy_with_logits(fit @ w, labels, reduction="sum")
     assert torch.autograd.grad(objective, w)[0].abs().max() < 1e-6 * C  # convex: this is its minimum
-    w = w.detach()
-    right = sum((x[i] @ w[:-1] + w[-1] <= 0).item() + (y[i] @ w[:-1] + w[-1] > 0).item() for i in order[400:])
-    assert low <= right / 200 <= high
-    assert cgap.linear_separability(x, y, C).item() == pytest.approx(right / 200)
-
-
-def test_clouds_that_coincide_have_no_gap():
-    x = draw(400, 8)
-    got = gap_metrics(x, x.roll(1, 0))
-    assert got["centroid_distance"] < 1e-6 and 0.4 < got["linear_separability"] < 0.6
+    right = ((held_out @ w > 0) == torch.arange(2).repeat_interleave(100)).double().mean().item()
+    assert low <= right <= high and cgap.linear_separability(x, y, C).item() == pytest.approx(right)
 
 
 @pytest.mark.parametrize("d, optimum", [(2, -1.575), (3, -2.080), (16, -3.513), (128, -3.938)])
@@ -255,10 +212,10 @@ def test_the_effective_temperature_is_what_is_left_without_the_means():
 def test_points_open_a_gap_with_an_offset_and_not_without():
     ends = {}
     for offset in (False, True):
-        history = cgap.smallest_gap(offset, steps=60, n=256)
-        assert history[0]["linear_separability"] < 0.6 and history[0]["step"] == 0
-        assert list(history[-1]) == ["step", "effective_temperature", *GAP] and history[-1]["step"] == 60
-        ends[offset] = history[-1]["linear_separability"]
+        start, *_, end = cgap.smallest_gap(offset, steps=60, n=256)
+        assert start["linear_separability"] < 0.6 and (start["step"], end["step"]) == (0, 60)
+        assert list(end) == ["step", "effective_temperature", *GAP]
+        ends[offset] = end["linear_separability"]
     assert ends[True] > 0.95 and ends[False] < 0.65
     closed = cgap.smallest_gap(True, unif=1.0, align=1.0, steps=300, n=256)[-1]
     assert closed["linear_separability"] < 0.65
@@ -269,44 +226,34 @@ def encoders(**settings):
     return cgap.TwoEncoders(Config(dim=8, context=12, **settings), vocab=20)
 
 
+def inputs(n):
+    torch.manual_seed(1)
+    return torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8), torch.randint(1, 20, (n, 6), dtype=torch.int32)
+
+
 def test_an_image_embedding_does_not_depend_on_its_batch():
-    images = torch.randint(256, (5, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
-    encoder = encoders().image
+    encoder, (images, _) = encoders().image, inputs(5)
     assert_close([encoder(images)], [torch.cat([encoder(image[None]) for image in images])], 1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 7])
 def test_a_text_embedding_depends_on_the_words_and_not_on_batch_or_padding(length):
     encoder = encoders().text
-    caption = torch.arange(1, length + 1, dtype=torch.int32)[None]
-    for width in range(length, 13):
-        batch = torch.cat([F.pad(caption, (0, width - length)), torch.full((3, width), 9)])
-        assert_close([encoder(batch)[:1]], [encoder(caption)], 1e-5)
+    caption = torch.arange(1, length + 1)[None]
+    batch = torch.cat([F.pad(caption, (0, 12 - length)), torch.full((3, 12), 9)])
+    assert_close([encoder(batch)[:1]], [encoder(caption)], 1e-5)
     turned = encoder(caption.flip(1))
     assert torch.allclose(turned, encoder(caption), atol=1e-2) == (length == 1)  # their order matters
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_temperature_is_frozen_or_learned_down_to_a_hundredth(learned):
-    model = encoders(temperature=0.05, learn_temperature=learned)
-    assert model.temperature().item() == pytest.approx(0.05)
-    model.log_scale.data.fill_(math.log(1000))
-    model.limit_temperature()
-    assert model.temperature().item() == pytest.approx(0.01 if learned else 0.001)
-    assert learned == bool(model.temperature().requires_grad)
-
-
 @pytest.mark.parametrize("same", [False, True])
 def test_removing_the_initial_gap_moves_the_second_cloud_onto_the_first(same):
-    model = encoders(same_modality=same)
-    images = torch.randint(256, (90, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
-    texts = images if same else torch.randint(1, 20, (90, 6), generator=seeded())
-    x = cgap.encode(model.image, images)
-    y = cgap.encode(model.text, texts)
+    model, (images, texts) = encoders(same_modality=same), inputs(90)
+    texts = images if same else texts
+    x, y = cgap.encode(model.image, images), cgap.encode(model.text, texts)
     cgap.remove_initial_gap(model, images, texts)
-    assert torch.equal(cgap.encode(model.image, images), x)
     moved = cgap.encode(model.text, texts)
-    assert_close([moved.mean(0)], [x.mean(0)], 1e-5)
+    assert_close([cgap.encode(model.image, images), moved.mean(0)], [x, x.mean(0)], 1e-5)
     ratio = F.pdist(moved) / F.pdist(y)  # it moves as a whole
     assert ratio.max() / ratio.min() < 1.001
     cross = (moved - moved.mean(0)).T @ (x - x.mean(0))  # symmetric, positive if the rotation is best
@@ -314,29 +261,17 @@ def test_removing_the_initial_gap_moves_the_second_cloud_onto_the_first(same):
     assert torch.linalg.eigvalsh(cross).min() > -1e-4
 
 
-def test_folding_the_means_changes_nothing_for_the_centred_loss():
-    model = encoders()
-    images = torch.randint(256, (32, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
-    texts = torch.randint(1, 20, (32, 6), generator=seeded())
-    before = [cgap.encode(model.image, images), cgap.encode(model.text, texts)]
-    cgap.fold_means(model, images, texts)
-    after = [cgap.encode(model.image, images), cgap.encode(model.text, texts)]
-    assert before[0].mean(0).norm() > 0.1 and all(z.mean(0).norm() < 1e-5 for z in after)
-    assert_close([cgap_loss(*after, center=True)[0]], [cgap_loss(*before, center=True)[0]], 1e-3)
-    assert_close(after, [z - z.mean(0) for z in before], 1e-5)
-
-
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a PyTorch without CUDA has no fake of it")
 def test_nothing_is_made_on_another_device():
-    model = encoders()
-    with FakeTensorMode():  # CUDA tensors without data, on any computer
+    model, batch = encoders(), inputs(4)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # CUDA tensors without data, on any computer
         weights = {name: torch.empty(p.shape, device="cuda") for name, p in model.named_parameters()}
-        inputs = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.ones(4, 6, dtype=torch.int32)
-        x, y, T = torch.func.functional_call(model, weights, tuple(z.cuda() for z in inputs))
+        batch = tuple(torch.empty_like(z) for z in batch)
+        x, y, T = torch.func.functional_call(model, weights, tuple(z.cuda() for z in batch))
         total, terms = cgap_loss(x, y, T, 1, 1, 1, True)
         assert {z.device.type for z in (x, y, T, total, *terms.values())} == {"cuda"}
         with pytest.raises(RuntimeError, match="device"):
-            torch.func.functional_call(model, weights, inputs)
+            torch.func.functional_call(model, weights, batch)
 
 
 def test_metrics_leave_the_gpu_before_they_become_float64(monkeypatch):
@@ -345,10 +280,9 @@ def test_metrics_leave_the_gpu_before_they_become_float64(monkeypatch):
     cpu, double = torch.Tensor.cpu, torch.Tensor.double
     monkeypatch.setattr(torch.Tensor, "cpu", lambda z: calls.append("cpu") or cpu(z))
     monkeypatch.setattr(torch.Tensor, "double", lambda z: calls.append("double") or double(z))
-    model = encoders()
-    images = torch.randint(256, (9, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
-    cgap.remove_initial_gap(model, images, torch.randint(1, 20, (9, 6), generator=seeded()))
-    assert calls == ["cpu", "double"] * (len(calls) // 2) and calls
+    cgap.remove_initial_gap(encoders(), *inputs(9))
+    gap_metrics(*clouds(9, 3, 1))
+    assert calls[:12] == ["cpu", "double"] * 6
 
 
 def words(row, vocab):
@@ -367,23 +301,23 @@ def test_scenes_are_a_function_of_the_seed():
 def test_pictures_show_what_their_captions_say(shape, name, relation, axis):
     scenes = torch.tensor([[0, shape, 2, shape, cgap.RELATIONS.index(relation)]]).expand(20, 5)
     assert cgap.describe(scenes) == [f"a red {name} {relation} a blue {name}"] * 20
-    near, far = cgap.draw_scenes(scenes, 32, seeded()).float().split(16, axis)
+    near, far = cgap.draw_scenes(scenes, 32).float().split(16, axis)
     assert all((half[:, 0] - half[:, 2]).mean() * sign > 10 for half, sign in ((near, 1), (far, -1)))
 
 
 def test_unseen_combinations_do_not_occur():
-    scenes = cgap.random_scenes(20_000, 0.3, seeded())
+    scenes = cgap.random_scenes(20_000, 0.3)
     assert (scenes[:, 4] < 0).double().mean().item() == pytest.approx(0.3, abs=0.02)
     combinations = torch.cat([scenes[:, :2], scenes[:, 2:4]]).unique(dim=0)
     assert len(combinations) == 40 and not any(c % 6 == s for c, s in combinations.tolist())
 
 
 def test_zero_shot_labels_match_prompts_and_pictures():
-    vocab = cgap.make_vocab(cgap.describe(cgap.random_scenes(500, 0.1, seeded())), 100)
-    task = cgap.scene_classes(16, vocab, 32, seeded(), per_class=30)
-    prompts = [words(row, vocab) for row in task.prompts.tolist()]
+    vocab = cgap.make_vocab(cgap.describe(cgap.random_scenes(500, 0.1)), 100)
+    task = cgap.scene_classes(16, vocab, 32)
+    prompts = [words(row, vocab) for row in task.prompts]
     assert prompts == [f"a {colour} {shape}" for colour in cgap.COLOURS for shape in cgap.SHAPES]
-    assert [k for k, hidden in enumerate(task.unseen) if hidden] == [6 * c + c % 6 for c in range(8)]
+    assert task.unseen.nonzero()[:, 0].tolist() == [6 * c + c % 6 for c in range(8)]
     for k, prompt in enumerate(prompts[:-12]):  # all but white and black
         colour = torch.tensor(cgap.COLOURS[prompt.split()[1]])
         shown = task.images[task.labels == k].float().mean((0, 2, 3))
@@ -391,16 +325,15 @@ def test_zero_shot_labels_match_prompts_and_pictures():
 
 
 def test_arithmetic_asks_for_the_scene_with_one_thing_changed(monkeypatch):
-    monkeypatch.setattr(cgap, "draw_scenes", lambda scenes, size, g: scenes)  # the pool: scenes, not pictures
+    monkeypatch.setattr(cgap, "draw_scenes", lambda scenes, size: scenes)  # the pool: scenes, not pictures
     vocab = cgap.make_vocab([word for names in cgap.WORDS for word in names], 100)
-    task = cgap.scene_edits(16, vocab, 32, seeded(), queries=100)
-    assert task.correct.shape == (100, len(task.images)) and task.correct.any(1).all()
-    for query, (old, new, correct) in enumerate(zip(task.old.tolist(), task.new.tolist(), task.correct)):
+    task = cgap.scene_edits(16, vocab, 32, queries=100)
+    assert task.correct.shape == (100, len(task.images))
+    for query, (old, new, correct) in enumerate(zip(task.old, task.new, task.correct)):
         source = task.images[query]
         (target,) = task.images[correct].unique(dim=0)
         (slot,) = (source != target).nonzero()[:, 0].tolist()
-        named = [cgap.WORDS[slot][scene[slot]] for scene in (source, target)]
-        assert named == [words(old, vocab), words(new, vocab)]
+        assert words(old, vocab) == cgap.WORDS[slot][source[slot]] != words(new, vocab) == cgap.WORDS[slot][target[slot]]
         assert not correct[query] and torch.equal(correct, (task.images == target).all(1))
 
 
@@ -408,19 +341,19 @@ def test_tokens_are_words_cut_and_padded_to_the_longest_of_the_batch():
     assert cgap.split_words("  A dog's\tbowl... Überzug!") == "a dog ' s bowl . . . überzug !".split()
     vocab = cgap.make_vocab(["the cat", "the dog the cat", "a mat"], 2)
     assert vocab == ["<pad>", "<unk>", "cat", "the"]
-    tokens = cgap.tokenize(["The CAT", "cat zebra the the the cat", "the"], vocab, 4)
-    assert tokens.tolist() == [[3, 2, 0, 0], [2, 1, 3, 3], [3, 0, 0, 0]] and tokens.dtype == torch.int32
-    pairs = cgap.Pairs(torch.zeros(2, 3, 8, 8), tokens, torch.tensor([0, 2]), torch.tensor([2, 1]))
-    assert pairs.batch(torch.tensor([0]), 2)[1].tolist() == [[3, 2]]  # its captions in turn: 0, 1, 0
-    assert pairs.batch(torch.tensor([0, 1]), 1)[1].tolist() == [[2, 1, 3, 3], [3, 0, 0, 0]]
+    tokens = cgap.tokenize(["The CAT", "cat zebra the the the cat", " "], vocab, 4)
+    assert tokens.tolist() == [[3, 2, 0, 0], [2, 1, 3, 3], [1, 0, 0, 0]] and tokens.dtype == torch.int32
+    pairs = cgap.Pairs(torch.zeros(1, 3, 8, 8), tokens[None])
+    in_turn = [pairs.batch(torch.tensor([0]), turn)[1].tolist() for turn in range(4)]
+    assert in_turn == [[[3, 2]], [[2, 1, 3, 3]], [[1]], [[3, 2]]]
 
 
 def test_a_share_of_the_pairs_is_mismatched():
-    partner = cgap.mismatched(1000, 0.2, seeded())
+    partner = cgap.mismatched(1000, 0.2)
     assert (partner != torch.arange(1000)).sum() == 200 and len(partner.unique()) == 1000
-    clean, spoilt = (cgap.load_data(Config(limit=100, mismatch=share, device="cpu")) for share in (0.0, 0.2))
-    changed = (clean.train.first != spoilt.train.first).sum()
-    assert changed == 20 and torch.equal(clean.val.first, spoilt.val.first)
+    clean, spoilt = (cgap.load_data(Config(limit=100, mismatch=share)) for share in (0.0, 0.2))
+    changed = (clean.train.tokens != spoilt.train.tokens).any(2).sum()
+    assert 15 < changed <= 20 and torch.equal(clean.val.tokens, spoilt.val.tokens)
 
 
 @pytest.mark.parametrize("N, groups", [(40, 40), (40, 9), (4, 4)])
@@ -433,55 +366,47 @@ def test_recall_equals_a_slow_double_loop(N, groups):
     assert 0 < expected[0] < 1 and cgap.recall(x, y, group) == pytest.approx(expected)
 
 
-class AsIs(torch.nn.Module):
-    """An encoder that returns what it gets."""
-
-    def __init__(self):
-        super().__init__()
-        self.unused = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, z):
-        return z
-
-
-def test_evaluate_scores_tasks_made_by_hand():
-    model = encoders()
-    model.image, model.text = AsIs(), AsIs()
-    e = torch.eye(4)
-    pairs = cgap.Pairs(draw(9, 4).float(), None, None, None)
+def test_evaluate_scores_tasks_made_by_hand(monkeypatch):
+    monkeypatch.setattr(cgap, "encode", lambda encoder, z: z)
+    model, e = encoders(), torch.eye(4)
+    pairs = cgap.Pairs(draw(9, 4).float(), None)
     zero_shot = cgap.ZeroShot(e[[0, 1, 2, 3, 0, 0]], torch.tensor([0, 1, 2, 3, 0, 1]), e, torch.arange(4) == 1)
     # e0 + e1 - (.8 e1 + .6 e3) is nearest to e0, which is the query itself, and then to e1
     arithmetic = cgap.Arithmetic(e, (.8 * e[1] + .6 * e[3])[None], e[1:2], e[1:2].bool())
-    record = cgap.evaluate(model, cgap.Data(pairs, pairs, [], zero_shot, arithmetic))
+    data = cgap.Data(pairs, pairs, [], zero_shot, arithmetic)
+    record = cgap.evaluate(model, data)
     assert [record[name] for name in ("zero_shot", "zero_shot_unseen")] == pytest.approx([5 / 6, 1 / 2])
     assert record["arithmetic"] == record["i2t_r1"] == record["t2i_r5"] == 1
-    losses = cgap.training_loss(model, pairs, Config(batch=6, unif=1.0))
+    losses = cgap.training_loss(model, data, Config(batch=6, unif=1.0))
     expected = cgap_loss(pairs.images[:6], pairs.images[:6], 0.01, 1)[0].item()
     assert losses["loss"] == pytest.approx(expected) and losses.keys() == {"loss", *TERMS}
 
 
-def test_batches_hold_each_index_once_an_epoch_and_can_start_anywhere():
-    def run(n, size, seed, start=0):
-        source = cgap.batches(n, size, seed, start)
-        return [next(source)[0].tolist() for _ in range(9 - start)]
+def test_batches_hold_each_index_once_an_epoch():
+    def run(n, size, seed):
+        return [rows.tolist() for rows, _ in itertools.islice(cgap.batches(n, size, seed), 9)]
 
-    whole = run(12, 4, 0)
-    epochs = [sum(whole[k:k + 3], []) for k in (0, 3, 6)]
+    epochs = [sum(run(12, 4, 0)[k:k + 3], []) for k in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and epochs[0] != epochs[1]
-    assert whole == run(12, 4, 0) != run(12, 4, 1)
-    assert all(run(12, 4, 0, start) == whole[start:] for start in range(9))
+    assert run(12, 4, 0) == run(12, 4, 0) != run(12, 4, 1)
     assert all(len(set(indices)) == 5 for indices in run(12, 5, 0))  # what is left of an epoch is dropped
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_gap_closes(seed):
+def final_gap(folder, weight, seed):
+    torch.set_num_threads(1)
+    cfg = Config(unif=weight, align=weight, steps=80, limit=1000, image_size=16, seed=seed, device="cpu",
+                 eval_every=80, checkpoint_every=80, out=f"{folder}/{weight}-{seed}")
+    cgap.train(cfg, quiet=True)
+
+
+def test_the_gap_closes(tmp_path):
     """The paper in ten seconds: with CLIP a gap stays, with uniformity and alignment it goes."""
-    gaps = {}
-    for name, weight in (("CLIP", 0.0), ("CUA", 1.0)):
-        cfg = Config(unif=weight, align=weight, steps=120, limit=4000, image_size=16, seed=seed, device="cpu",
-                     eval_every=120, checkpoint_every=120, out=name)
-        gaps[name] = cgap.train(cfg, quiet=True)[-1]["centroid_distance"]
-    assert gaps["CLIP"] > 0.45 and gaps["CUA"] < 0.2
+    for seed in (0, 1):
+        together = [start(final_gap, tmp_path, weight, seed) for weight in (0.0, 1.0)]
+        for process in together:
+            process.join(PATIENCE)
+        clip, cua = (cgap.load_run(f"{weight}-{seed}").history[-1]["centroid_distance"] for weight in (0.0, 1.0))
+        assert clip > 0.5 and cua < 0.25
 
 
 # ==================================================================================================
@@ -497,21 +422,16 @@ def banner(mode="RGB", top=RED, bottom=BLUE):
     return image
 
 
-def exif(orientation):
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 
 
 @pytest.mark.parametrize("name, image, options, top, bottom", [
-    ("rgb.jpg", banner(), {"quality": 95}, RED, BLUE),
     ("cmyk.jpg", banner().convert("CMYK"), {"quality": 95}, RED, BLUE),
     ("wide.png", banner().crop((-64, 0, 128, 64)), {}, RED, BLUE),  # black on both sides
-    ("grey.png", banner("L", 128, 32), {}, GREY, DARK),
     ("grey16.png", Image.frombytes("I;16", (64, 64), b"\0\x80" * 2048 + b"\0\x20" * 2048), {}, GREY, DARK),
     ("rgba.png", banner("RGBA", (*RED, 128), (*BLUE, 0)), {}, (227, 147, 147), (255,) * 3),
-    ("film.gif", banner(), {"save_all": True, "append_images": [banner("RGB", BLUE, RED)]}, RED, BLUE),
-    ("turned6.jpg", banner().transpose(Image.Transpose.ROTATE_90), {"exif": exif(6)}, RED, BLUE)])
+    ("turned6.jpg", banner().transpose(Image.Transpose.ROTATE_90), {"exif": TURNED}, RED, BLUE)])
 def test_photos_load_as_people_see_them(tmp_path, name, image, options, top, bottom):
     image.save(tmp_path / name, **options)
     photo = cgap.load_photo(tmp_path / name, 16)
@@ -556,12 +476,11 @@ def assert_captions_fit(data, sizes):
     """So many images, and each, alone a shade, has its own captions and no others."""
     assert (len(data.train.images), len(data.val.images)) == sizes and data.arithmetic is None
     seen = set()
-    for part in (data.train, data.val):
-        for turn in range(3):
-            images, tokens = part.batch(torch.arange(len(part.images)), turn)
-            captions = [words(row, data.vocab) for row in tokens.tolist()]
-            assert [int(text.split()[-1]) for text in captions] == images.float().mean((1, 2, 3)).tolist()
-            seen |= set(captions)
+    for part, turn in itertools.product((data.train, data.val), range(5)):
+        images, tokens = part.batch(torch.arange(len(part.images)), turn)
+        captions = [words(row, data.vocab) for row in tokens]
+        assert [int(text.split()[-1]) for text in captions] == images.float().mean((1, 2, 3)).tolist()
+        seen |= set(captions)
     assert len(seen) == 12  # shades 0 and 3 have one caption, 1 and 4 two, 2 and 5 three
 
 
@@ -573,13 +492,11 @@ def test_coco_folders_load(year, val, sizes):
 def test_a_csv_is_decoded_once_and_again_when_a_picture_is_replaced(tmp_path, monkeypatch):
     source = write_csv()
     assert_captions_fit(load(source), (45, 5))
-    monkeypatch.setattr(cgap, "load_photo", None)  # the second time from the cache
-    assert_captions_fit(load(source), (45, 5))
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(cgap, "load_photo", None)  # the second time from the cache
+        assert_captions_fit(load(source), (45, 5))
     Image.new("L", (8, 8), 250).save("photos/7.png")
-    Image.new("L", (8, 8), 251).save("photos/10.png")
-    assert 250 in load(source).train.images and 251 in load(source).val.images
+    assert 250 in load(source).train.images
     assert_captions_fit(load(write_csv(60)), (54, 6))
 
 
@@ -591,18 +508,16 @@ def test_unreadable_images_are_named_and_left_out(capsys):
         assert_captions_fit(load(source), (52, 6))
         error = capsys.readouterr().err
         assert "left out" in error and "13.png" in error and "21.png" in error
-    photos(Path("photos"), [13, 21])
-    assert_captions_fit(load(source), (54, 6))  # mended
 
 
 def test_a_folder_of_classes_is_a_zero_shot_task():
     source = write_csv()
-    for shade in (0, 40):
-        photos(Path(f"classes/shade_{shade}"), [shade // 40])
-    task = load(source, zero_shot="classes").zero_shot
-    assert task.images.float().mean((1, 2, 3)).tolist() == [0, 40] and task.labels.tolist() == [0, 1]
-    vocab = load(source).vocab
-    assert [words(row, vocab).split()[-2:] for row in task.prompts.tolist()] == [["shade", "0"], ["shade", "40"]]
+    for k in (0, 1):
+        photos(Path(f"classes/shade_{40 * k}"), [k])
+    data = load(source, zero_shot="classes")
+    assert data.zero_shot.images.float().mean((1, 2, 3)).tolist() == [0, 40]
+    assert data.zero_shot.labels.tolist() == [0, 1]
+    assert [words(row, data.vocab)[-8:].strip() for row in data.zero_shot.prompts] == ["shade 0", "shade 40"]
 
 
 # ==================================================================================================
@@ -619,14 +534,31 @@ def flags(**settings):
     return [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in settings.items()]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Two finished runs, never interrupted, not to be written to: `run`, by the command, and `other`."""
+@pytest.fixture(scope="session", autouse=True)
+def started(tmp_path_factory):
+    """The two slowest commands, at work from the beginning while other tests run."""
     folder = tmp_path_factory.mktemp("runs")
-    argv = [sys.executable, cgap.__file__, *flags(**RUN, out=folder / "run")]
-    process = subprocess.run(argv, capture_output=True, text=True, cwd=folder)
-    assert process.returncode == 0, process.stderr
-    (folder / "printed").write_text(process.stdout)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    commands = {"run": [cgap.__file__, *flags(**RUN, out="run")],
+                "two": [*torchrun, cgap.__file__, *flags(**RUN | dict(steps=20, out="two"))]}
+    return folder, {name: subprocess.Popen([sys.executable, *command], cwd=folder, text=True, stdout=subprocess.PIPE,
+                                           stderr=open(folder / f"{name}.log", "w"))
+                    for name, command in commands.items()}
+
+
+def finished(started, name):
+    """The folder of a started command, and what it has printed."""
+    folder, processes = started
+    printed = processes[name].communicate(timeout=PATIENCE)[0]
+    assert processes[name].returncode == 0, (folder / f"{name}.log").read_text()
+    return folder, printed
+
+
+@pytest.fixture(scope="module")
+def runs(started):
+    """Two finished runs, never interrupted, not to be written to: `run`, by the command, and `other`."""
+    folder, printed = finished(started, "run")
+    (folder / "printed").write_text(printed)
     cgap.train(Config(**RUN | dict(dim=16, steps=1, same_modality=True, center=False, out=str(folder / "other"))),
                quiet=True)
     return folder
@@ -643,10 +575,9 @@ def assert_figures(folder):
             assert darkest < 100 < brightest and (name != "gap.gif" or image.n_frames > 2)
 
 
-def test_a_run_leaves_config_metrics_checkpoint_and_figures(runs):
+def test_a_run_leaves_metrics_checkpoint_and_figures_and_prints_a_table(runs):
     out = runs / "run"
     history = records(out)
-    assert json.loads((out / "config.json").read_text()) == asdict(Config(**RUN, out=str(out)))
     assert [record["step"] for record in history] == [0, 8, 16, 24]
     for record in history:
         assert record.keys() == {"step", "loss", *TERMS, *GAP, *TASKS, "temperature", "effective_temperature",
@@ -656,38 +587,37 @@ def test_a_run_leaves_config_metrics_checkpoint_and_figures(runs):
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     assert (saved["step"], saved["cfg"]["dim"], saved["history"]) == (24, 8, history)
     assert_figures(out)
-    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "config.json", "metrics.jsonl", *FIGURES}
-
-
-def test_a_run_prints_a_table_of_start_and_end_and_its_figures(runs):
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "metrics.jsonl", *FIGURES}
     rows = [line.split() for line in (runs / "printed").read_text().splitlines()]
-    first, *_, last = records(runs / "run")
     for name in (*GAP, *TASKS, "effective_temperature"):
-        assert [name, f"{first[name]:.3f}", f"{last[name]:.3f}"] in [row[:3] for row in rows]
-    assert all([str(runs / "run" / name)] in rows for name in FIGURES)
+        assert [name, f"{history[0][name]:.3f}", f"{history[3][name]:.3f}"] in [row[:3] for row in rows]
+    assert all([f"run/{name}"] in rows for name in FIGURES)
 
 
-def test_a_centred_run_saves_ordinary_encoders_with_a_mean_of_zero(runs):
+def test_a_centred_run_saves_ordinary_encoders_with_a_mean_of_zero_to_go_on_with(runs):
     run = cgap.load_run(runs / "run")
-    model = cgap.load_model(run)
+    model = cgap.TwoEncoders(run.cfg, len(run.vocab))
+    model.load_state_dict(run.model)
     images, texts = cgap.load_data(run.cfg).train.head(2048)
-    for encoder, inputs in ((model.image, images), (model.text, texts)):
-        z = cgap.encode(encoder, inputs)
+    for encoder, batch in ((model.image, images), (model.text, texts)):
+        z = cgap.encode(encoder, batch)
         assert z.mean(0).norm() < 1e-3 * z.norm(dim=1).mean()
-
-
-def test_a_model_of_ones_own_is_trained(runs):
-    run = cgap.load_run(runs / "run")
-    mine = cgap.load_model(run)
-    history = cgap.train(replace(run.cfg, steps=1, out="mine"), model=mine, quiet=True)
+    history = cgap.train(replace(run.cfg, steps=1, out="mine"), model=model, quiet=True)
     assert history[0]["i2t_r5"] == pytest.approx(run.history[-1]["i2t_r5"], abs=0.02)
 
 
-def test_runs_start_with_or_without_a_gap_and_are_plotted_together(runs, capsys):
+def test_a_learned_temperature_stops_at_a_hundredth():
+    cfg = Config(**RUN | dict(steps=1, out="cold"))
+    model = cgap.TwoEncoders(cfg, vocab=50)
+    model.log_scale.data.fill_(math.log(1000))
+    history = cgap.train(cfg, model=model, quiet=True)
+    assert [record["temperature"] for record in history] == pytest.approx([0.001, 0.01])
+
+
+def test_runs_start_with_or_without_a_gap_and_are_plotted_together():
     for gap in ("keep", "remove"):
-        argv = flags(**RUN | dict(steps=2, same_modality=True, init_gap=gap, center=False, image_size=16, out=gap))
-        argv.remove("--center=False")
-        assert cgap.main(argv) == 0
+        cgap.train(Config(**RUN | dict(steps=2, same_modality=True, init_gap=gap, center=False, image_size=16, out=gap)),
+                   quiet=True)
     keep, remove = (records(Path(gap))[0] for gap in ("keep", "remove"))
     assert remove["centroid_distance"] < keep["centroid_distance"] / 2
     assert cgap.main(["--plot", "keep", "remove", "--out", "both"]) == 0
@@ -697,14 +627,13 @@ def test_runs_start_with_or_without_a_gap_and_are_plotted_together(runs, capsys)
 def test_pictures_show_the_gap_in_full_at_every_step():
     apart = torch.tensor([-1, 1])[:, None, None] * draw(8, seed=9)
     snapshots = {k: F.normalize(draw(2, 40, 8, seed=k) + apart, dim=2).half() for k in (0, 1, 2)}
-    run = cgap.Run(Config(), "", [], [], 0, 0.0, [], snapshots, {}, {})
+    run = cgap.Run(Config(), "", [], (), 0, 0.0, [], snapshots, {}, {})
     for step, (images, texts) in snapshots.items():
         _, (axis,) = cgap.canvas(1, 1, "", 4, 4)
         cgap.draw_pairs(axis, run, step)
-        left, right = (torch.tensor(line.get_xydata()).mean(0) for line in axis.lines[-2:])
-        across, upward = right - left
-        assert across == pytest.approx((texts.float() - images.float()).mean(0).norm().item(), rel=1e-4)
-        assert abs(upward) < 1e-4
+        left, right = (torch.tensor(line.get_xydata()).mean(0) for line in axis.lines)
+        expected = (texts.float() - images.float()).mean(0).norm().item()
+        assert (right - left).tolist() == pytest.approx([expected, 0], abs=1e-4)
 
 
 def test_points_print_a_table_and_draw_a_picture(capsys):
@@ -726,22 +655,25 @@ def test_import_and_help_are_quiet_and_light():
 
 # ---- bad input ----
 def tree():
-    return {p: p.is_file() and p.read_bytes() for p in Path(".").rglob("*") if p.parts[0] != "cache"}
+    return {p: p.is_file() and p.read_bytes() for p in Path(".").rglob("*") if p.parts[0] != "home"}
 
 
 def refused(capsys, argv, *named, written=False):
     """Exit status 2, one line of error that names what is wrong, and (unless `written`) nothing written."""
     before = tree()
-    assert cgap.main(argv) == 2
+    try:
+        status = cgap.main(argv)
+    except SystemExit as end:  # argparse's own
+        status = end.code
     error = re.sub(r"[^\r\n]*\d%\|[^\r\n]*|\r", "", capsys.readouterr().err).strip()  # but progress bars
-    assert error.startswith("cgap.py: error: ") and len(error.splitlines()) == 1, error
+    assert status == 2 and error.startswith("cgap.py: error: ") and len(error.splitlines()) == 1, error
     assert all(name in error for name in named), error
     assert written or tree() == before
 
 
 @pytest.mark.parametrize("bad, named", [
     ("--batch 1", "--batch"), ("--unif nan", "--unif"), ("--steps many", "--steps"), ("--stpes 5", "--stpes"),
-    ("--device tpu", "tpu"), ("--init-gap close", "close"), ("--temperature .005", "--learn-temperature"),
+    ("--device tpu", "tpu"), ("--init-gap close", "close"), ("--temperature .005", "--temperature"),
     ("--batch 201", "201"), ("--limit 4 --batch 2", "4 validation"), ("--cache here", "--cache does nothing"),
     ("--data file --single 0", "--single does nothing"), ("--data nowhere", "nowhere"), ("--data folder", "folder"),
     ("--data file", "header"), ("--out folder", "folder exists"), ("--out file/below", "file"),
@@ -756,43 +688,37 @@ def test_a_bad_flag_is_one_line_of_error_and_nothing_is_written(capsys, bad, nam
 @pytest.mark.parametrize("bad, named", [
     ("--plot nowhere", "nowhere"), ("--plot {runs}/run --steps 5", "--steps does nothing"),
     ("--plot {runs}/run {runs}/other", "--dim"), ("--resume {runs}", "checkpoint"),
-    ("--resume {runs}/run --unif 1", "--unif does nothing"), ("--points --unif 1", "--unif does nothing")])
+    ("--resume {runs}/run --unif 1", "--unif does nothing"), ("--points --unif 1", "--unif does nothing"),
+    ("--points --batch 600", "512")])
 def test_what_does_nothing_is_refused(capsys, runs, bad, named):
     refused(capsys, bad.format(runs=runs).split(" "), named)
 
 
-@pytest.mark.parametrize("content", [b"hello", {"state_dict": {}}, {"version": Path("not mere data")}])
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {"version": Path("not mere data")}])
 def test_a_foreign_checkpoint_is_refused_and_left_alone(capsys, content):
     Path("broken").mkdir()
-    Path("broken/checkpoint.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(
-        content, "broken/checkpoint.pt")
+    torch.save(content, "broken/checkpoint.pt")
     refused(capsys, ["--resume", "broken"], "broken")
 
 
-@pytest.mark.parametrize("edit, named", [
-    (lambda content: content[:90], "JSONDecodeError"), (lambda content: content.replace("file_name", "path"), "file_name"),
-    (lambda content: re.sub(r"very very shade \d+", " ", content), "without words")])
-def test_bad_coco_annotations_are_refused(capsys, edit, named):
+@pytest.mark.parametrize("old, new, named", [('"images"', "", "JSONDecodeError"), ("file_name", "path", "file_name")])
+def test_bad_coco_annotations_are_refused(capsys, old, new, named):
     file = Path(write_coco("train2017", ""), "annotations/captions_train2017.json")
-    file.write_text(edit(file.read_text()))
-    refused(capsys, ["--data", "coco", "--batch", "4", "--image-size", "8", "--out", "out"], named)
+    file.write_text(file.read_text().replace(old, new))
+    refused(capsys, ["--data", "coco", "--batch", "4", "--out", "out"], named)
 
 
-@pytest.mark.parametrize("row", ["photos/3.png", "photos/3.png,a dog, asleep"])
-def test_a_csv_row_of_other_than_two_fields_is_refused(capsys, row):
-    file = Path(write_csv())
-    file.write_text(file.read_text() + row + "\n")
-    refused(capsys, ["--data", str(file), "--batch", "4", "--out", "out"], "not two fields", "photos/3.png")
-
-
-def test_too_many_bad_images_and_a_bad_class_are_refused(capsys):
+def test_bad_rows_bad_images_and_a_bad_class_are_refused(capsys):
     argv = ["--data", write_csv(), "--batch", "4", "--image-size", "8", "--out", "out"]
     Path("classes/cat").mkdir(parents=True)
     Path("classes/cat/0.png").write_bytes(b"not a picture")
     refused(capsys, [*argv, "--zero-shot", "classes"], "cat/0.png")
     for k in range(6):
         Path(f"photos/{k}.png").write_bytes(b"")
-    refused(capsys, argv, "6 of 50 images")
+    refused(capsys, argv, "40 of 45 images")
+    with open("pairs.csv", "a") as file:
+        file.write("photos/3.png,a dog, asleep\n")
+    refused(capsys, argv, "not two fields", "photos/3.png")
 
 
 def test_a_run_that_diverges_says_so_and_keeps_finite_weights(capsys):
@@ -801,19 +727,17 @@ def test_a_run_that_diverges_says_so_and_keeps_finite_weights(capsys):
     assert all(weight.isfinite().all() for weight in cgap.load_run("out").model.values())
 
 
-def test_a_disk_that_is_full_is_an_error_and_leaves_the_old_checkpoint(capsys, runs, monkeypatch):
-    def save(content, path):
-        Path(path).write_bytes(b"half")
-        raise RuntimeError("PytorchStreamWriter failed: no space left")
+def test_a_full_disk_is_an_error_and_leaves_the_old_file(capsys, monkeypatch):
+    def save(content, file):
+        file.write(b"half")
+        raise OSError("no space left")
 
-    shutil.copytree(runs / "run", "run")
+    Path("file").write_text("whole")
     monkeypatch.setattr(torch, "save", save)
-    run = cgap.load_run("run")
-    run.began = 0.0
-    with pytest.raises(cgap.UserError, match="no space"):
-        cgap.Run.save(run, 1, cgap.load_model(run), torch.optim.SGD([torch.zeros(1)]))
-    assert (Path("run/checkpoint.pt").read_bytes() == (runs / "run/checkpoint.pt").read_bytes())
-    assert not list(Path("run").glob("*.tmp"))
+    with pytest.raises(OSError, match="no space"):
+        cgap.save_whole({}, Path("file"))
+    assert [(path.name, path.read_text()) for path in Path().iterdir()] == [("file", "whole")]
+    refused(capsys, flags(**RUN, out="out"), "no space", written=True)
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):
@@ -830,9 +754,8 @@ def result(run):
     return metrics, {k: v.numpy().tobytes() for k, v in cgap.load_run(run).model.items()}
 
 
-def command(argv, log, environment=()):
+def command(argv, log):
     """In a process of its own: the command line on one thread, its words into the file `log`."""
-    os.environ.update(environment)
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     sys.exit(cgap.main(argv))
@@ -869,8 +792,9 @@ def test_a_run_killed_at_random_moments_ends_as_one_never_interrupted(tmp_path, 
         assert process.exitcode == -signal.SIGKILL and cgap.load_run(run).step < RUN["steps"]
         with open(run / "metrics.jsonl", "a") as metrics:
             metrics.write('{"step": 12, "lo')  # torn, as a crash may leave it
-    cgap.train(replace(cgap.load_run(run).cfg, device="cpu"), resume=True, quiet=True)
+    cgap.train(cgap.load_run(run).cfg, resume=True, quiet=True)
     assert result(run) == result(runs / "run")
+    assert cgap.main(["--resume", str(run), "--device", "cpu"]) == 0 and result(run) == result(runs / "run")
 
 
 def test_ctrl_c_ends_a_run_with_advice(tmp_path):
@@ -880,11 +804,6 @@ def test_ctrl_c_ends_a_run_with_advice(tmp_path):
     process.join(PATIENCE)
     log = (tmp_path / "log").read_text()
     assert process.exitcode == 130 and "Traceback" not in log and "--resume" in log.splitlines()[-1]
-
-
-def test_a_finished_run_is_not_changed_by_resuming_it(runs):
-    shutil.copytree(runs / "run", "run")
-    assert cgap.main(["--resume", "run", "--device", "cpu"]) == 0 and result("run") == result(runs / "run")
 
 
 def test_a_run_is_not_resumed_on_data_with_other_words(capsys):
@@ -898,43 +817,36 @@ def test_a_run_is_not_resumed_on_data_with_other_words(capsys):
 def gradients(rank, world, folder):
     """The gradients of one step as train takes it, in float64, saved by the first process."""
     torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world))
-    images = torch.randint(256, (18, 3, 8, 8), generator=seeded(), dtype=torch.uint8)
-    texts = torch.randint(1, 20, (18, 6), generator=seeded())
-    model = encoders(learn_temperature=True, temperature=.07).double()
+    cgap.RANK, cgap.WORLD_SIZE = rank, world
+    model, (images, texts) = encoders(learn_temperature=True, temperature=.07).double(), inputs(18)
     model.image.body.register_forward_pre_hook(lambda module, args: args[0].double())
     if world > 1:
-        torch.distributed.init_process_group("gloo", f"file://{folder}/sync{world}", rank=rank, world_size=world)
+        torch.distributed.init_process_group("gloo", f"file://{folder}/sync", rank=rank, world_size=world)
     forward, loss_of = cgap.prepare(model, Config())
-    x, y, T = forward(cgap.share(images), cgap.share(texts))
+    x, y, T = forward(images[rank::world], texts[rank::world])
     loss_of(x, y, T, 1, 1, 1, True)[0].backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{world}.pt")
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path, world):
-    processes = [start(gradients, rank, n, tmp_path) for n in (1, world) for rank in range(n)]
-    for process in processes:
+def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path):
+    for process in [start(gradients, rank, n, tmp_path) for n in (1, 3) for rank in range(n)]:
         process.join(PATIENCE)
         assert process.exitcode == 0
-    one, several = torch.load("1.pt"), torch.load(f"{world}.pt")
+    one, several = torch.load("1.pt"), torch.load("3.pt")
     size = max(grad.norm() for grad in one.values())
     assert all((several[name] - grad).norm() < 1e-6 * size for name, grad in one.items()) and "log_scale" in one
 
 
-def test_torchrun_on_two_processes_gives_the_curve_of_one(tmp_path, runs):
-    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
-    process = subprocess.run([*launch, cgap.__file__, *flags(**RUN | dict(steps=20, out="two"))], text=True,
-                             capture_output=True, timeout=PATIENCE)
-    assert process.returncode == 0, process.stderr
+def test_torchrun_on_two_processes_gives_the_curve_of_one(started):
+    folder, _ = finished(started, "two")
     one = cgap.train(Config(**RUN | dict(steps=20), out="one"), quiet=True)
-    curves = [[record["loss"] for record in history] for history in (one, records(Path("two")))]
+    curves = [[record["loss"] for record in history] for history in (one, records(folder / "two"))]
     assert len(curves[0]) == 4 and curves[1] == pytest.approx(curves[0], abs=1e-3)
 
 
 def test_a_batch_that_cannot_be_split_is_an_error(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setattr(cgap, "WORLD_SIZE", 5)
     refused(capsys, flags(**RUN, out="out"), "--batch 12", "5 processes")
 
 
@@ -967,7 +879,7 @@ def test_the_exercise_of_the_readme_computes_the_loss_in_strips(reproduce):
     x, y = (z.requires_grad_() for z in clouds(100, 8, 1))
     strips = solution["loss_in_strips"](x, y, 0.05, 1, 2, 3, rows=30)
     gradients = torch.autograd.grad(strips, (x, y))
-    assert_close([strips, *gradients], with_gradients(cgap_loss, x, y, 0.05, 1, 2, 3), 1e-9)
+    assert_close([strips, *gradients], with_gradients(cgap_loss, x, y, 0.05, 1, 2, 3)[:3], 1e-9)
 
 
 def test_claims_run_once_whatever_the_comments_say(reproduce, tmp_path, monkeypatch):
@@ -994,4 +906,4 @@ def test_a_check_holds_if_the_paired_difference_exceeds_its_spread(reproduce):
     for check, word in ((("m", "a", "b"), "holds at every seed"), (("m", "b", "a"), "**does not hold**"),
                         (("m", "a", "b", .2), "**does not hold**"), (("m", "a", 0.5), "**does not hold**"),
                         (("m", "a", "a, at the start"), "holds at every seed")):
-        assert word in reproduce.verdict(result, *check)[0], check
+        assert word == reproduce.verdict(result, *check)[1], check

@@ -139,14 +139,14 @@ def values(result, what, metric):
 
 def mean_std(numbers):
     if len(numbers) > 1:
-        return f"{numbers.mean():.3f} ± {numbers.std():.3f}"
+        return f"{numbers.mean():.3f}±{numbers.std():.3f}"
     return f"{numbers.mean():.3f}"
 
 
 def verdict(result, metric, more, less, by=0.0):
-    """(text, whether it holds): is the metric of `more` above that of `less`? If the difference,
-    paired by seed, is on average more than `by`, and more than its standard deviation above 0 (or
-    above `by`, where that is negative)."""
+    """(text, verdict): is the metric of `more` above that of `less`? If the difference, paired by
+    seed, is on average more than `by`, and more than its standard deviation above 0 (or above `by`,
+    where that is negative)."""
     a, b = values(result, more, metric), values(result, less, metric)
     n = min(len(z) for z, what in ((a, more), (b, less)) if not isinstance(what, (int, float)))
     difference = (a[:n] if len(a) > 1 else a) - (b[:n] if len(b) > 1 else b)
@@ -156,20 +156,18 @@ def verdict(result, metric, more, less, by=0.0):
     word = "**does not hold**"
     if holds:
         word = "holds at every seed" if bool((difference > floor).all()) else "holds on average"
-        word = "holds for the one seed that was run" if n == 1 else word
-    name = NAMES.get(metric, metric).replace("_", " ")
-    margin = f", on average by {by:g}" if by > 0 else f" less {-by:g}" if by else ""
-    return f"{name}: {more} > {less}{margin}: {word} ({mean_std(difference)})", holds
+        word = "holds (one seed)" if n == 1 else word
+    margin = f" by {by:g} on average" if by > 0 else f" - {-by:g}" if by else ""
+    return f"{NAMES.get(metric, metric)} {more} > {less}{margin} ({mean_std(difference)})", word
 
 
 def table(claim, result):
     shown = claim.shown
-    lines = ["| | " + " | ".join(NAMES.get(m, m).replace("_", " ") for m in shown) + " |",
-             "|---" * (len(shown) + 1) + "|"]
+    lines = ["||" + "|".join(NAMES.get(m, m) for m in shown) + "|", "|---" * (len(shown) + 1) + "|"]
     for label, histories in result["runs"].items():
         for at in (claim.starts * [", at the start"] + [""]):
             cells = [mean_std(values(result, label + at, m)) if m in histories[0][-1] else "-" for m in shown]
-            lines.append(f"| {label}{at} | " + " | ".join(cells) + " |")
+            lines.append(f"|{label}{at}|" + "|".join(cells) + "|")
     return "\n".join(lines)
 
 
@@ -226,37 +224,43 @@ def draw_thermostat(result, title, path):
     figure.savefig(path)
 
 
-def steadiness(result):
-    """For each share of permuted captions: how much T_eff differs over the T that are colder."""
-    lines = []
-    for group, labels in itertools.groupby(result["runs"], key=lambda label: label.split(",")[0]):
-        pairs = [[values(result, label, metric).mean().item() for metric in ("temperature", "effective_temperature")]
-                 for label in labels]
-        colder = [warm for T, warm in pairs if T < 0.9 * warm]
-        if len(colder) > 1:
-            lines.append(f"- {group}: at the {len(colder)} T below T_eff / 1.1, T_eff is {min(colder):.3f} to "
-                         f"{max(colder):.3f}, a factor of {max(colder) / min(colder):.2f}")
-    return lines
+def thermostat_table(result):
+    """T_eff for each share of permuted captions and each T, and how much it differs over the T
+    that are colder; where T is learned, the T that it came to as well."""
+    rows = {}
+    for label in result["runs"]:
+        share, T = label.split(", ")
+        ends = [values(result, label, metric) for metric in ("effective_temperature", "temperature")]
+        rows.setdefault(share, {})[T] = ends
+    lines = ["||" + "|".join(rows[share]) + "|factor|", "|---" * (len(rows[share]) + 2) + "|"]
+    for share, cells in rows.items():
+        colder = [warm.mean() for warm, T in cells.values() if T.mean() < 0.9 * warm.mean()]
+        texts = [mean_std(warm) + f" (T={T.mean():.3f})" * (name == "learned") for name, (warm, T) in cells.items()]
+        factor = f"{max(colder) / min(colder):.2f}" if len(colder) > 1 else "-"
+        lines.append(f"|{share}|" + "|".join(texts) + f"|{factor}|")
+    return "\n".join(lines + ["", "*Factor*: largest over smallest T_eff where T is below T_eff / 1.1."])
 
 
 def section(name, claim, result):
     """The part of the gallery on a claim."""
     lines = [f"## {claim.title}", "", f"![{name}]({name}.png)", "", claim.reading, ""]
     if claim.published:
-        lines += [f"*Published by the authors:* {claim.published}", ""]
-    if claim.rows:
-        lines += [table(claim, result), ""]
-    lines += [f"- {verdict(result, *check)[0]}" for check in claim.checks]
-    if claim.picture == "thermostat":
-        lines += steadiness(result)
-    lines += ["", f"Seeds {result['seeds']}; {result['machine']}: `{result['command']}`", ""]
-    return "\n".join(lines)
+        lines += [f"*Published:* {claim.published}", ""]
+    lines += [thermostat_table(result) if claim.picture == "thermostat" else table(claim, result), ""]
+    verdicts = {}
+    for text, word in (verdict(result, *check) for check in claim.checks):
+        verdicts.setdefault(word, []).append(text)
+    lines += [f"- {word}: {'; '.join(texts)}" for word, texts in verdicts.items()] + [""] * bool(verdicts)
+    return "\n".join(lines + [f"`{result['command']}`", ""])
 
 
 def gallery(results):
     """The text of README.md."""
-    parts = [INTRO] + [section(name, claim, results[name]) for name, claim in CLAIMS.items() if name in results]
-    return "\n".join(parts)
+    machines = [result["machine"] for result in results.values()]
+    lines = [INTRO]
+    lines += [f"Run on {'; '.join(sorted(set(machines)))}.\n"]
+    lines += [section(name, claim, results[name]) for name, claim in CLAIMS.items() if name in results]
+    return "\n".join(lines)
 
 
 def slim(history, claim):
@@ -270,38 +274,45 @@ def main():
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help=", ".join(CLAIMS))
     parser.add_argument("--seeds", type=int, default=3, help="so many, from seed 3 on")
     parser.add_argument("--list", action="store_true", help="print the claims and stop")
-    parser.add_argument("--write", action="store_true", help="only write what has been run before")
+    parser.add_argument("--write", action="store_true", help="only draw and write results.json again")
     args = parser.parse_args()
     if unknown := set(args.claims) - set(CLAIMS):
         parser.error(f"no claim is called {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
     if args.list:
         return print("\n".join(f"{name:22}{claim.title}" for name, claim in CLAIMS.items()))
-    jobs, rows = {}, {}
-    for name in args.claims or CLAIMS:
-        for label in CLAIMS[name].runs:
-            rows[name, label] = [job_of(CLAIMS[name], label, seed, jobs)["folder"]
-                                 for seed in seeds_of(CLAIMS[name], label, args.seeds)]
-    if not args.write:
-        run_all(jobs)
     path = HERE / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name in args.claims or CLAIMS:
+    if not args.write:
+        results |= measured(args.claims or CLAIMS, args.seeds)
+        path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    for name in set(args.claims or CLAIMS) & set(results):
+        draw(name, CLAIMS[name], results[name], HERE / f"{name}.png")
+    (HERE / "README.md").write_text(gallery(results), encoding="utf-8")
+    print(HERE / "README.md")
+
+
+def measured(names, seeds):
+    """{claim: its results}, run where they have not been."""
+    jobs, rows, results = {}, {}, {}
+    for name in names:
+        for label in CLAIMS[name].runs:
+            rows[name, label] = [job_of(CLAIMS[name], label, seed, jobs)["folder"]
+                                 for seed in seeds_of(CLAIMS[name], label, seeds)]
+    run_all(jobs)
+    for name in names:
         claim = CLAIMS[name]
         results[name] = {
-            "seeds": ", ".join(map(str, seeds_of(claim, "", args.seeds))),
+            "seeds": ", ".join(map(str, seeds_of(claim, "", seeds))),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
                        f"torch {torch.__version__}, one thread a run",
-            "command": f"python figures/reproduce.py {name} --seeds {args.seeds}",
+            "command": f"python figures/reproduce.py {name} --seeds {seeds}",
             "runs": {label: [slim(json.loads(Path(folder + ".json").read_text()), claim)
                              for folder in rows[name, label]] for label in claim.runs}}
-        draw(name, claim, results[name], HERE / f"{name}.png")
         if name == "losses":  # the animation at the top of the README, and its companions
             shown = [cgap.load_run(rows[name, label][0]) for label in ("CLIP", "CUA", "CUA, centred")]
             for picture in ("gap.gif", "embeddings.png", "spectrum.png", "samples.png"):
                 cgap.FIGURES[picture](shown, HERE / picture)
-    path.write_text(json.dumps(results) + "\n", encoding="utf-8")
-    (HERE / "README.md").write_text(gallery(results), encoding="utf-8")
-    print(HERE / "README.md")
+    return results
 
 
 if __name__ == "__main__":
