@@ -63,7 +63,8 @@ def check_pairs(x, y, least):
 def uniformity(x, y, t=2.0):
     """log mean_{i != j} exp(-t |x_i - y_j|^2) of unit vectors (N, D): a scalar, -4t to 0.
 
-    0 if all are one point, lower the farther apart they are. Of one modality: uniformity(x, x).
+    0 if all are one point, lower the farther apart they are; the larger t, the more do near pairs
+    count. Of one modality: uniformity(x, x). Pairs i = j are left out: they are to be near.
     Source: Wang & Isola, arXiv 2005.10242.
     """
     N = len(x)
@@ -535,7 +536,7 @@ def training_loss(model, data, cfg):
     """The loss and its terms on the first training pairs, one batch, as a dict of floats."""
     images, texts = data.train.head(cfg.batch)
     loss, terms = cgap_loss(encode(model.image, images), encode(model.text, texts),
-                            model.temperature().item(), cfg.unif, cfg.align, cfg.xunif, cfg.center)
+                            model.temperature().item(), **cfg.weights())
     return {name: value.item() for name, value in {"loss": loss, **terms}.items()}
 
 
@@ -591,7 +592,7 @@ def learning_rate(step, cfg):
 
 
 def measure(run, step, model, optimizer, data):
-    """Do what is due at this step: a snapshot for the figures, an evaluation, a checkpoint."""
+    """Do what is due: a snapshot for the figures, an evaluation, a checkpoint."""
     cfg = run.cfg
 
     def due(every):
@@ -645,7 +646,7 @@ def train(cfg, resume=False, model=None, quiet=False):
         images, texts = data.train.batch(*next(source))
         with autocast(device):
             x, y, T = forward(images.to(device), texts.to(device))
-        loss, _ = loss_of(x, y, T, cfg.unif, cfg.align, cfg.xunif, cfg.center)
+        loss, _ = loss_of(x, y, T, **cfg.weights())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimizer.zero_grad()
@@ -663,7 +664,7 @@ COLORS = ["#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D55E00"]
 
 
 def canvas(rows, columns, title, width, height):
-    """A matplotlib figure, without a window, and the list of its axes."""
+    """A matplotlib figure and the list of its axes."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -741,7 +742,7 @@ def animate(runs, path):
 
 
 def plot_spectrum(runs, path):
-    """Cumulative explained variance after training: how many dimensions images and texts use."""
+    """Cumulative explained variance after training."""
     figure, (axis,) = canvas(1, 1, "How evenly the dimensions are used", 6.4, 4.4)
     for run, color in zip(runs, itertools.cycle(COLORS)):
         for z, style in zip(run.snapshots[max(run.snapshots)], ("-", "--")):
@@ -786,7 +787,7 @@ class Config:
     align: float = 0.0  # weight of alignment
     xunif: float = 0.0  # weight of cross-modal uniformity; CUAXU is all three at 1
     center: bool = False  # the loss sees embeddings without their batch's mean
-    temperature: float = 0.01  # T of the CLIP loss; where it starts, if it is learned
+    temperature: float = 0.01  # T of the CLIP loss, where OpenAI's ended; its start, if learned
     learn_temperature: bool = False  # learn T, at 0.01 or above
     data: str = "synthetic"  # or an MS-COCO folder, or a CSV file with the header image,caption
     limit: int = 0  # at most so many training, and validation, images; 0 for all
@@ -812,7 +813,7 @@ class Config:
     out: str = ""  # folder of the run, which must not exist; else runs/<time>-<name>
 
     def check(self):
-        """Raise UserError for the first setting that cannot work, or does nothing."""
+        """Raise UserError for a setting that cannot work, or does nothing."""
         scenes = self.data == "synthetic"
         least = {"temperature": 0.01, "vocab": 1, "context": 1, "dim": 2, "steps": 1, "batch": 2,
                  "eval_every": 1, "checkpoint_every": 1}
@@ -831,15 +832,21 @@ class Config:
             raise UserError(f"--batch {self.batch} cannot be split over {WORLD_SIZE} processes")
 
 
+    def weights(self):
+        """The settings that are arguments of cgap_loss, a new term's weight as well."""
+        names = list(inspect.signature(cgap_loss).parameters)[3:]
+        return {name: getattr(self, name) for name in names}
+
     def name(self):
         """The loss in short, for folders and legends."""
-        known = {(0, 0, 0): "CLIP", (1, 1, 0): "CUA", (1, 1, 1): "CUAXU"}
-        name = known.get((self.unif, self.align, self.xunif),
-                         f"CLIP+{self.unif:g}unif+{self.align:g}align+{self.xunif:g}xunif")
-        return name + ", centred" * self.center
+        terms = "+".join(f"{weight:g}{name}" for name, weight in self.weights().items() if weight)
+        known = {"": "CLIP", "1unif+1align": "CUA", "1unif+1align+1xunif": "CUAXU",
+                 "1center": "CLIP, centred", "1unif+1align+1center": "CUA, centred",
+                 "1unif+1align+1xunif+1center": "CUAXU, centred"}
+        return known.get(terms, "CLIP+" + terms)
 
     def named(self):
-        """The same with a folder, named after the time and the loss if it has none yet."""
+        """The same with a folder, by default named after the time and the loss."""
         name = self.name().replace(", ", "-")
         return replace(self, out=self.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{name}"))
 
@@ -935,13 +942,14 @@ def decode(source, cfg, size):
 
 
 def photo_data(cfg):
-    """Photographs with their captions, from the cache if they are there, else decoded into it."""
+    """Photographs with their captions, from the cache or decoded into it."""
     source = Path(cfg.data).absolute()
     size = cfg.image_size or 64
     if source.is_file():
         files = [source, *itertools.chain(*read_pairs(source))]
     else:
-        files = itertools.chain.from_iterable(map(os.scandir, source.glob("*/")))
+        folders = [f for f in source.glob("*/") if re.match("annotations|train|val", f.name)]
+        files = itertools.chain.from_iterable(map(os.scandir, folders))
     # The name is a hash of all that decides the content, so that a stale cache is never found.
     state = [__version__, size, cfg.vocab, cfg.context, cfg.limit]
     for file in sorted(filter(os.path.exists, map(os.fspath, files))):
@@ -970,7 +978,7 @@ def folder_classes(cfg, size, vocab):
 
 
 def load_data(cfg):
-    """The Data that cfg names, on the CPU. Raises UserError where it cannot be used."""
+    """The Data that cfg names. Raises UserError where it cannot be used."""
     data = scene_data(cfg) if cfg.data == "synthetic" else photo_data(cfg)
     train = len(data.train.images)
     val = len(data.val.images)
@@ -995,7 +1003,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 def gather(rows):
     """The rows (n, D) of every process, (world * n, D), with gradients: each then has the whole
-    loss, and DDP's mean of their gradients is the gradient of that."""
+    loss, and DDP's mean of their gradients is the gradient of that. Without, others' rows would be
+    constants, and their part of the gradient missing."""
     from torch.distributed.nn.functional import all_gather
     return torch.cat(all_gather(rows))
 
@@ -1037,7 +1046,7 @@ def prepare(model, cfg):
     if WORLD_SIZE == 1:
         return model, loss_of
     model = nn.parallel.DistributedDataParallel(model)
-    return model, lambda x, y, *settings: loss_of(gather(x), gather(y), *settings)
+    return model, lambda x, y, T, **weights: loss_of(gather(x), gather(y), T, **weights)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1045,7 +1054,7 @@ def prepare(model, cfg):
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Run:
-    """What a run keeps: its fields are its checkpoint, and all that its figures need."""
+    """What a checkpoint holds."""
     cfg: Config
     version: str
     vocab: list
@@ -1122,7 +1131,7 @@ def open_run(cfg, data, model, optimizer, resume):
 # 12. The command line
 # --------------------------------------------------------------------------------------------------
 def report(run):
-    """Print what a run has changed: each metric at the start and at the end, beside its ideal."""
+    """Print each metric at the start and at the end of a run, beside its ideal."""
     dim = run.cfg.dim
     ideal = {"centroid_distance": 0, "linear_separability": 0.5, "linear_separability_c100": 0.5,
              "alignment": 0, "uniformity_image": uniform_optimum(dim),
@@ -1132,7 +1141,8 @@ def report(run):
     last = run.history[-1]
     print(f"\n{run.cfg.name()}, {last['step']} of {run.cfg.steps} steps, seed {run.cfg.seed}, "
           f"{last['seconds']:.0f} s\n{'start':>34}{'end':>10}{'ideal':>10}")
-    for name in list(last)[6:-2]:  # all metrics: before them come the step and the loss
+    names = list(last)
+    for name in names[names.index("centroid_distance"):-2]:  # after the loss, before the seconds
         best = "" if "temperature" in name else f"{ideal.get(name, 1):10.3f}"
         print(f"{name:24}{first[name]:10.3f}{last[name]:10.3f}{best}")
 
@@ -1157,7 +1167,7 @@ def points(out="runs/points", **settings):
 
 
 def plot(folders, out):
-    """All figures of a run, or of several laid over each other."""
+    """All figures of one run or several."""
     runs = [load_run(folder) for folder in folders]
     if len({run.cfg.dim for run in runs}) > 1:
         raise UserError("--plot lays runs over each other that have the same --dim")
@@ -1168,7 +1178,7 @@ def plot(folders, out):
 
 
 def parse(argv):
-    """The flags that were given, as a dict: fields of Config, and what to do but a new run."""
+    """The flags that were given, as a dict."""
     parser = argparse.ArgumentParser("cgap.py", argparse.SUPPRESS, __doc__.split("\n")[0],
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--points", action="store_true", help="the smallest gap: no encoders")

@@ -485,8 +485,11 @@ def assert_captions_fit(data, sizes):
 
 
 @pytest.mark.parametrize("year, val, sizes", [("2014", "val", (50, 10)), ("2017", "", (45, 5))])
-def test_coco_folders_load(year, val, sizes):
-    assert_captions_fit(load(write_coco(f"train{year}", val and f"val{year}")), sizes)
+def test_coco_folders_load(year, val, sizes, monkeypatch):
+    source = write_coco(f"train{year}", val and f"val{year}")
+    assert_captions_fit(load(source, cache="coco/cache"), sizes)
+    monkeypatch.setattr(cgap, "load_photo", None)  # the second time from the cache, although that is new here
+    assert_captions_fit(load(source, cache="coco/cache"), sizes)
 
 
 def test_a_csv_is_decoded_once_and_again_when_a_picture_is_replaced(tmp_path, monkeypatch):
@@ -824,7 +827,7 @@ def gradients(rank, world, folder):
         torch.distributed.init_process_group("gloo", f"file://{folder}/sync", rank=rank, world_size=world)
     forward, loss_of = cgap.prepare(model, Config())
     x, y, T = forward(images[rank::world], texts[rank::world])
-    loss_of(x, y, T, 1, 1, 1, True)[0].backward()
+    loss_of(x, y, T, **Config(unif=1., align=1., xunif=1., center=True).weights())[0].backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{world}.pt")
 

@@ -70,7 +70,7 @@ CLAIMS = {
         (*ALL, WARM), seeds={"CLIP": 5, "CUA, centred": 5}),
     "opening": Claim(
         "It opens within the first steps",
-        {label: {**row, **ZERO, "steps": 100, "eval_every": 4}
+        {label: {**row, **ZERO, "steps": 100, "eval_every": 1}
          for label, row in (("CLIP", CLIP), ("CUA", CUA), ("CLIP, centred", CENTER))},
         [(SEP, "CLIP", "CLIP, at the start"), (SEP, "CLIP", "CLIP, centred")],
         (SEP, CENTROIDS, WARM, "alignment"), picture="curves", starts=True),

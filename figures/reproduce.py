@@ -265,8 +265,13 @@ def gallery(results):
 
 def slim(history, claim):
     """Of a history what is drawn or printed, to four digits more than are shown."""
-    keep = history if claim.picture == "curves" else [history[0], history[-1]]
-    return [{k: round(v, 7) for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in keep]
+    def rounded(record, names):
+        return {name: round(record[name], 7) for name in names if name in record}
+
+    ends = [rounded(record, [k for k in record if k not in ("seconds", "images_per_second")])
+            for record in (history[0], history[-1])]
+    curve = history[1:-1] if claim.picture == "curves" else []
+    return ends[:1] + [rounded(record, ("step", *claim.shown)) for record in curve] + ends[1:]
 
 
 def main():
