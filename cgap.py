@@ -37,7 +37,7 @@ from tqdm import tqdm
 __version__ = "2.1"
 
 # ==================================================================================================
-# PART ONE: THE PAPER
+# PART ONE: THE PAPER (of part two it uses the settings `cfg`, and a few names that speak)
 # ==================================================================================================
 # 1. The loss. Copy this section into your own project: it needs nothing else.
 #
@@ -77,11 +77,11 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
 
     x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here.
     temperature: a number or, to learn it, a scalar tensor. center: subtract the batch's means first
-    (section 3); at test time subtract those of training data, or `fold_means` into the encoders.
+    (why: section 3); to use the encoders, subtract those of training data, as `fold_means` does.
     Returns the total, a scalar to minimise (often negative, as uniformity is), and a dict of its
     unweighted terms, detached. In float32 or better, also under autocast. With several processes x
-    and y must be those of all, with gradients (`gather`): a log of means is no mean of logs. On a
-    CPU call torch.set_flush_denormal(True) before all else: most of softmax is below 1e-38.
+    and y must be those of all, with gradients (`gather`): a log of means is no mean of logs. It is
+    faster on a CPU after torch.set_flush_denormal(True): most of softmax is below 1e-38.
     Raises ValueError for other shapes, fewer than 2 pairs, integers. Source: the paper's L_CUAXU.
     """
     check_pairs(x, y, least=2)
@@ -103,13 +103,14 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
             "xunif": uniformity(x, y),
         }
     weights = {"clip": 1.0, "unif": unif, "align": align, "xunif": xunif}
+    assert weights.keys() == terms.keys()  # so that no term is forgotten
     total = sum(weight * terms[name] for name, weight in weights.items() if weight)
     return total, {name: term.detach() for name, term in terms.items()}
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Measuring the gap. One number does not do: two clouds can share a centre and be told apart; two
-# that nobody can tell apart can still sit in a corner, where pairs are close for free.
+# 2. Measuring the gap. One number is not enough: two clouds can share a centre and be told apart;
+# two that nobody can tell apart can still sit in a corner, where pairs are close for free.
 # --------------------------------------------------------------------------------------------------
 def fit_logistic(z, labels, C):
     """The w (D,) that minimises |w'|^2 / 2 + C sum_i log(1 + exp(-s_i z_i.w)), by Newton's method.
@@ -153,8 +154,9 @@ def effective_rank(x):
 def effective_temperature(x, y, temperature):
     """T / sqrt((1 - |mean x|^2) (1 - |mean y|^2)) of unit vectors (N, D): the T that softmax feels.
 
-    Without its mean, x has a mean square of 1 - |mean x|^2, and only that tells one x from another.
-    What the means add to cosines cancels in the softmax: a narrow space is a warm one.
+    What the means add to a cosine does not say who belongs to whom. What does is the product of two
+    vectors without their means, of mean squares 1 - |mean|^2: where these are small, all cosines
+    are alike, as if T were higher. A narrow space is a warm one.
     """
     left = (1 - x.mean(0).square().sum()) * (1 - y.mean(0).square().sum())
     return float(temperature / left.detach().clamp(min=1e-12).sqrt())
@@ -196,8 +198,8 @@ def gap_metrics(x, y):
 
 
 def uniform_optimum(d):
-    """Uniformity of the uniform distribution on the sphere in d dimensions, the least that many
-    points can reach: log 0F1(; d/2; 4) - 4, -2.080 at d = 3 and -3.938 at d = 128."""
+    """Uniformity of the uniform distribution on the sphere in d dimensions, the least in the limit
+    of many points: log 0F1(; d/2; 4) - 4, -2.080 at d = 3 and -3.938 at d = 128."""
     term = total = 1.0
     for k in range(1, 60):
         term *= 4 / ((d / 2 + k - 1) * k)
@@ -209,8 +211,8 @@ def uniform_optimum(d):
 # 3. The smallest gap: no encoders, only points that the loss may move as it likes. Left alone, they
 # open none. Let each side learn one vector that its points share, as an encoder's biases are, and a
 # complete gap is there within 20 steps. Why? At T = 0.01 the softmax is too cold for pairs that do
-# not fit yet, and a shared vector warms it (effective_temperature). The two are learned apart, so
-# they point apart: that is the gap.
+# not fit yet, and a shared vector warms it (effective_temperature). Nothing ties the two sides'
+# vectors to each other, since their product is the same in all logits and cancels: that is the gap.
 # --------------------------------------------------------------------------------------------------
 def smallest_gap(offset=True, unif=0.0, align=0.0, xunif=0.0, temperature=0.01, dim=128, n=512,
                  batch=64, steps=600, seed=0, mismatch=0.0):
@@ -218,7 +220,8 @@ def smallest_gap(offset=True, unif=0.0, align=0.0, xunif=0.0, temperature=0.01, 
 
     Both sides start in the same cone, so without a gap. temperature: a number, or a function of the
     step. mismatch: the share of y that is permuted, anew at each step. Returns a dict for each
-    measurement: `step`, `effective_temperature`, gap_metrics. In d = 2 wide gaps cannot close.
+    measurement: `step`, `effective_temperature`, gap_metrics. Not for d = 2: on a circle, two
+    clouds that start far apart cannot pass each other.
     """
     torch.manual_seed(seed)
     cone = torch.randn(dim) / dim ** 0.5
@@ -234,7 +237,8 @@ def smallest_gap(offset=True, unif=0.0, align=0.0, xunif=0.0, temperature=0.01, 
             warm = effective_temperature(F.normalize(x, dim=1), F.normalize(y, dim=1), T)
             history.append({"step": step, "effective_temperature": warm, **gap_metrics(x, y)})
         i = torch.randperm(n)[:batch]
-        loss, _ = cgap_loss(x[i], y[mismatched(n, mismatch)[i]], T, unif, align, xunif)
+        j = mismatched(n, mismatch)[i]
+        loss, _ = cgap_loss(x[i], y[j], T, unif=unif, align=align, xunif=xunif)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -242,7 +246,7 @@ def smallest_gap(offset=True, unif=0.0, align=0.0, xunif=0.0, temperature=0.01, 
 
 
 def mismatched(n, share):
-    """(n,): the partner of each, itself but for a share of them, who get each other's."""
+    """(n,): the partner of each: itself but for a random share, who get the next one's."""
     partner = torch.arange(n)
     chosen = torch.randperm(n)[:int(share * n)]
     partner[chosen] = chosen.roll(1)
@@ -290,7 +294,8 @@ class TextEncoder(nn.Module):
 
 
 class TwoEncoders(nn.Module):
-    """An image encoder, one for texts (or, `same_modality`, for the same images), a temperature."""
+    """An image encoder, one for texts of `vocab` words (or, `same_modality`, for the same images),
+    and a temperature."""
 
     def __init__(self, cfg, vocab):
         super().__init__()
@@ -322,9 +327,9 @@ def remove_initial_gap(model, images, texts):
     """Lay the second encoder's cloud onto the first's, in place, to see whether training opens a
     gap where there is none: the paper's idealised start.
 
-    Its projection is changed so that on these pairs mean and spread become those of x, turned by
-    the orthogonal R that minimises |(y - mean y) R - (x - mean x)| (Procrustes). The paper does not
-    mention the spread: it matters since embeddings are normalised afterwards.
+    Its projection is changed so that mean and spread of its embeddings y of these pairs become
+    those of x, turned by the orthogonal R that minimises |(y - mean y) R - (x - mean x)|
+    (Procrustes). The paper does not mention the spread: it matters as embeddings are normalised.
     """
     x = encode(model.image, images).double()
     y = encode(model.text, texts).double()
@@ -450,7 +455,7 @@ def draw_scenes(scenes, size):
     images = []
     for part in scenes.split(256):  # small enough to stay in the processor's cache
         n = len(part)
-        kind = part[:, 4] + 1
+        kind = part[:, 4] + 1  # 0 alone, 1 side by side, 2 one above the other
         centre = around(PLACES[kind], JITTER[kind][:, None], n, 2, 2)[..., None]  # (n, 2, xy, 1)
         radius = around(.2, .03, n, 2, 1)
         image = around(.5, .15, n, 1, 1, 1).repeat(1, 3, size, size)
@@ -467,7 +472,7 @@ def draw_scenes(scenes, size):
 
 
 def change(scenes, slot):
-    """The scenes with another value, at random, in the slot (N,) of each."""
+    """The scenes, each with another random value in its column slot (N,); perhaps an unseen one."""
     row = torch.arange(len(scenes))
     choices = torch.tensor([len(words) for words in WORDS])[slot]
     shift = 1 + (torch.rand(len(scenes)) * (choices - 1)).long()
@@ -485,8 +490,8 @@ def scene_classes(size, vocab, context):
 
 
 def scene_edits(size, vocab, context, queries=200):
-    """The arithmetic task: picture + text(new word) - text(old word) should find the edited scene,
-    among queries, edited scenes, and for each of those three that differ in one thing."""
+    """The arithmetic task: picture + text(new word) - text(old word) should find the edited scene
+    among all queries, all edited scenes, and three near misses of each of the latter."""
     source = random_scenes(2 * queries, 0.0)
     source = source[(source[:, :2] != source[:, 2:4]).all(1)][:queries]  # a word names one object
     slot = torch.randint(5, (len(source),))
@@ -570,7 +575,7 @@ def evaluate(model, data):
 
 
 def batches(n, size, seed):
-    """Without end: `size` of n indices, each once an epoch, and the epoch."""
+    """Without end: this process's share of `size` of n indices, none twice an epoch; the epoch."""
     for epoch in itertools.count():
         g = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         for rows in torch.randperm(n, generator=g).split(size)[:n // size]:
@@ -586,7 +591,7 @@ def make_optimizer(model, cfg):
 
 
 def learning_rate(step, cfg):
-    """A linear warm-up over a tenth of the steps, then a cosine to 0."""
+    """The lower of a linear warm-up over a tenth of the steps and a cosine to 0."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
     return cfg.lr * min((step + 1) / (0.1 * cfg.steps), cosine)
 
@@ -600,7 +605,7 @@ def measure(run, step, model, optimizer, data):
 
     important = due(cfg.eval_every) or due(cfg.checkpoint_every)
     snapshot = due(max(1, cfg.steps // 30))
-    if cfg.center and (important or snapshot):
+    if cfg.center and (important or snapshot):  # few pairs will do for a picture
         fold_means(model, *data.train.head(2048 if important else 256))
     if important:
         losses = training_loss(model, data, cfg)
@@ -695,8 +700,8 @@ def plot_gap(runs, path):
 
 
 def draw_pairs(axis, run, step):
-    """Images, texts and lines between a hundred pairs at one step, in the plane of the gap now
-    (across, so that it is seen in full) and of its mean over training."""
+    """Images, texts and lines between a hundred pairs at one step, in a plane: across the gap now,
+    so that it is seen in full, upward what is left of its mean over training."""
     from matplotlib.collections import LineCollection
     gaps = {k: (both[1].float() - both[0].float()).mean(0) for k, both in run.snapshots.items()}
     mean = torch.stack(list(gaps.values())).mean(0)  # (D,)
@@ -831,7 +836,6 @@ class Config:
         if self.batch % WORLD_SIZE:
             raise UserError(f"--batch {self.batch} cannot be split over {WORLD_SIZE} processes")
 
-
     def weights(self):
         """The settings that are arguments of cgap_loss, a new term's weight as well."""
         names = list(inspect.signature(cgap_loss).parameters)[3:]
@@ -839,11 +843,11 @@ class Config:
 
     def name(self):
         """The loss in short, for folders and legends."""
-        terms = "+".join(f"{weight:g}{name}" for name, weight in self.weights().items() if weight)
-        known = {"": "CLIP", "1unif+1align": "CUA", "1unif+1align+1xunif": "CUAXU",
-                 "1center": "CLIP, centred", "1unif+1align+1center": "CUA, centred",
-                 "1unif+1align+1xunif+1center": "CUAXU, centred"}
-        return known.get(terms, "CLIP+" + terms)
+        terms = {name: weight for name, weight in self.weights().items() if weight}
+        terms.pop("center", None)
+        spelled = "+".join(f"{weight:g}{name}" for name, weight in terms.items())
+        known = {"": "CLIP", "1unif+1align": "CUA", "1unif+1align+1xunif": "CUAXU"}
+        return known.get(spelled, "CLIP+" + spelled) + ", centred" * self.center
 
     def named(self):
         """The same with a folder, by default named after the time and the loss."""
@@ -1187,7 +1191,7 @@ def parse(argv):
     comments = re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M)
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        text = f"{dict(comments)[f.name]} (default: {f.default})"
+        text = f"{dict(comments).get(f.name)} (default: {f.default})"
         parser.add_argument(option(f.name), help=text, **kind)
     return vars(parser.parse_args(argv))
 

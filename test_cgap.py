@@ -872,7 +872,7 @@ def test_the_gallery_is_made_of_the_results_and_the_readme_quotes_it(reproduce):
              "zero_shot_unseen", "arithmetic")
     for label in results["losses"]["runs"]:
         means = [f"{reproduce.values(results['losses'], label, metric).mean():.3f}" for metric in shown]
-        assert f"| {label} | {' | '.join(means)} |" in readme
+        assert f"|{label}|{'|'.join(means)}|" in readme
 
 
 def test_the_exercise_of_the_readme_computes_the_loss_in_strips(reproduce):

@@ -148,32 +148,38 @@ CLAIMS = {
 INTRO = """# Gallery
 
 Every claim with its picture, table, verdicts and command; `python figures/reproduce.py` makes this page, the pictures and
-`results.json`. Numbers are mean±standard deviation over seeds 3, 4, 5, at which nothing was chosen (some rows have two more). A verdict compares
-two rows, paired by seed: it *holds* if the mean difference is above zero (or the margin it names) by more than its standard deviation.
-With three seeds that is a low bar, so read the size too. Rows of a claim differ in what their names say alone; steps are 1,500 in *losses*, 400 in sweeps,
-each run annealed to 0. Columns are explained in the [README](../README.md#run-it).
+`results.json`. Numbers are mean±standard deviation over seeds 3, 4, 5, at which nothing was chosen. A verdict compares two rows, paired by
+seed, and prints the difference. It *holds* if its mean is above zero (and above the margin that is named) and above its standard deviation; *at every seed* if it
+is above zero at each, too. With three seeds that is a low bar, so read the size. Rows of a claim differ in what their names say alone; steps are
+1,500 in *losses*, 400 in sweeps, each run annealed to 0. Columns are explained in the [README](../README.md#run-it).
 """
 READINGS = {
     "points": """The loss opens no gap between free points. Let each side learn one vector that its points share, and the gap is there at
 once, if the softmax is cold (hardly at T = .07, not at .2) and dimensions are many (none at d = 2, 3, 8). Annealed from T = 1 the points end
-**without** one: pairs that fit need no warmth. With a fifth of the partners permuted anew at each step annealing does not help: T_eff ends at .107, as
-with encoders (*thermostat*). So the gap belongs neither to encoders nor to the cold loss as such, but to a cold loss on pairs that do not fit.""",
+**without** one, at T_eff .010: pairs that fit need no warmth. With a fifth of the partners permuted anew at each step annealing does not help: T_eff ends at .107, as
+with encoders (*thermostat*), though the gap is smaller. So it belongs neither to encoders nor to the cold loss as such, but to a cold loss on pairs
+that do not fit. And warmth alone is no gap: without an offset the points are as narrow (T_eff .027), and together; but nothing ties two shared vectors to
+each other, as their product is the same in all logits and cancels.""",
     "losses": """CUA and CUAXU close the gap, spread the embeddings and keep retrieval. At the uses that the paper promises CUA from scratch
 is *not* better: zero-shot level or worse, arithmetic level. With the shared vector taken away (*centred*) it is better at all four, at every seed.
-Centring alone (CLIP, centred) leaves matched pairs far apart. The tests themselves are noisy: ±.035 for arithmetic (200 questions), ±.04 for unseen
+Centring alone (CLIP, centred) leaves matched pairs far apart, and the tasks where they were: it takes both. (CLIP and CUA, centred, have five seeds;
+verdicts pair those that both rows have.) The tests themselves are noisy: ±.035 for arithmetic (200 questions), ±.04 for unseen
 combinations (160 pictures).
 
 *Subtracting the means afterwards* is not the same. Taking the means of 2,048 training pairs from finished CLIP runs lowers separability from 1.00
-to .536±.020, but R@1 stays (.888, .884): retrieval never saw the offset. What centring changes is what training spends on it. Batch norm on the
-embeddings (I0T, An et al.) removes the mean, too, and scales each dimension besides.""",
+to .536±.020, but R@1 stays (.888, .884): retrieval never saw the offset. During training, centring spares CUA the work of moving the offset back.
+Batch norm on the embeddings (I0T, An et al.) removes the mean, too, and scales each dimension besides.""",
     "opening": """From a removed gap it is complete within four steps, with CLIP and with CUA. Before anything is learned the space *warms*: T_eff
 rises from .085 to .11 in eight steps, then cools as pairs begin to fit. Centred encoders never open one (they start at .67, as the gap was
 removed between clouds that then lose their means).""",
     "thermostat": """T_eff at the end, by the share of permuted captions and T. A common offset makes cosines alike, and so does for the softmax what a
 higher temperature does. Plain CLIP shrinks its space until T_eff is what the pairs want, whatever T is, learned T included. Where T
-is hotter than that, T_eff is T and there is hardly a gap. The gap is nearly a function of T / T_eff alone (right): mismatched pairs,
+is hotter than that, T_eff is T and there is hardly a gap. For encoders the gap is nearly a function of T / T_eff alone (right): mismatched pairs,
 low temperature and early training are one explanation, not three. It says why a learned T leaves less of a gap, and why Yaras et al. (2412.07909) see
 mismatched pairs and temperature keep it.
+
+Clean pairs want warmth at the start only; what they keep (T_eff .021 at T = .01) is left from then, as pairs that fit hardly pull (*same-modality*: a loss of
+.005), and shrinks with training (*longer*).
 
 Where it stops: in few dimensions T_eff varies (*dimension*). With other forces on the space it is another temperature: CUA, which pays for
 narrowness, ends at .07 with a fifth permuted (*noise*), and centred encoders are held at T. Batch size changes nothing (*batch-size*).""",
@@ -198,7 +204,7 @@ opposite sides. At C = 100 most of these gaps are still found.""",
 (centroids 1.6 and .9 apart): in few dimensions a wide gap has no way around. With CUA there is none at any seed. And no gap is not a uniform space: -2.08
 would be uniform at d = 3.""",
     "batch-size": """At equal steps B = 16 has a wider gap and a less uniform space than B = 64, but has seen a quarter of the samples. At equal samples its
-centroids are *nearer* than those of B = 256. So "small batches make it worse" holds at equal steps only. T_eff is the same.""",
+centroids are *nearer* than those of B = 256 (retrieval is worse). So "small batches make the gap worse" holds at equal steps only. T_eff is the same.""",
     "controls": """To be compared with the *clean* rows of *noise*. With biases frozen at 0 the gap is as complete: GELU's outputs have a mean of
 their own, which any matrix turns into an offset. Not biases are the cause but the freedom to move the mean, which centring takes away.""",
 }

@@ -243,7 +243,7 @@ def thermostat_table(result):
 
 def section(name, claim, result):
     """The part of the gallery on a claim."""
-    lines = [f"## {claim.title}", "", f"![{name}]({name}.png)", "", claim.reading, ""]
+    lines = [f'<a id="{name}"></a>', f"## {claim.title}", "", f"![{name}]({name}.png)", "", claim.reading, ""]
     if claim.published:
         lines += [f"*Published:* {claim.published}", ""]
     lines += [thermostat_table(result) if claim.picture == "thermostat" else table(claim, result), ""]
