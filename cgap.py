@@ -103,7 +103,7 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
             "xunif": uniformity(x, y),
         }
     weights = {"clip": 1.0, "unif": unif, "align": align, "xunif": xunif}
-    assert weights.keys() == terms.keys()  # so that no term is forgotten
+    assert weights.keys() == terms.keys(), weights.keys() ^ terms.keys()  # none is forgotten
     total = sum(weight * terms[name] for name, weight in weights.items() if weight)
     return total, {name: term.detach() for name, term in terms.items()}
 
@@ -209,10 +209,11 @@ def uniform_optimum(d):
 
 # --------------------------------------------------------------------------------------------------
 # 3. The smallest gap: no encoders, only points that the loss may move as it likes. Left alone, they
-# open none. Let each side learn one vector that its points share, as an encoder's biases are, and a
-# complete gap is there within 20 steps. Why? At T = 0.01 the softmax is too cold for pairs that do
-# not fit yet, and a shared vector warms it (effective_temperature). Nothing ties the two sides'
-# vectors to each other, since their product is the same in all logits and cancels: that is the gap.
+# open none. Let each side learn one vector that its points share, as an encoder's biases are. The
+# gradients of all points add up in it, so it moves first; and nothing ties the two sides' vectors
+# to each other, since their product is the same in all logits and cancels. Within a few steps there
+# is a complete gap, at any temperature. Where T is high it closes again. At T = 0.01 it stays: the
+# softmax is too cold for pairs that do not fit, and shared vectors warm it (effective_temperature).
 # --------------------------------------------------------------------------------------------------
 def smallest_gap(offset=True, unif=0.0, align=0.0, xunif=0.0, temperature=0.01, dim=128, n=512,
                  batch=64, steps=600, seed=0, mismatch=0.0):
@@ -220,8 +221,8 @@ def smallest_gap(offset=True, unif=0.0, align=0.0, xunif=0.0, temperature=0.01, 
 
     Both sides start in the same cone, so without a gap. temperature: a number, or a function of the
     step. mismatch: the share of y that is permuted, anew at each step. Returns a dict for each
-    measurement: `step`, `effective_temperature`, gap_metrics. Not for d = 2: on a circle, two
-    clouds that start far apart cannot pass each other.
+    measurement: `step`, `effective_temperature`, gap_metrics. Beware of d = 2: on a circle, clouds
+    that start far apart cannot pass each other.
     """
     torch.manual_seed(seed)
     cone = torch.randn(dim) / dim ** 0.5
@@ -687,6 +688,7 @@ def plot_histories(histories, panels, title, path, xscale="linear"):
             axis.plot(steps, values, "o-", color=color, markersize=3, label=name)
         axis.axhline(ideal, color="0.5", linestyle=":", label="ideal")
         axis.set(xlabel="training step", ylabel=metric.replace("_", " "), xscale=xscale)
+        axis.set_xlim(left=0)
         axis.legend(fontsize=8)
     figure.savefig(path)
 
@@ -752,7 +754,8 @@ def plot_spectrum(runs, path):
     for run, color in zip(runs, itertools.cycle(COLORS)):
         for z, style in zip(run.snapshots[max(run.snapshots)], ("-", "--")):
             variance = torch.linalg.eigvalsh(torch.cov(z.float().T)).flip(0).cumsum(0)
-            axis.plot((variance / variance[-1]).numpy(), style, color=color)
+            components = range(1, len(variance) + 1)
+            axis.plot(components, (variance / variance[-1]).numpy(), style, color=color)
         axis.plot([], color=color, label=f"{run.cfg.name()} (texts dashed)")
     axis.set(xlabel="principal components", ylabel="share of the variance")
     axis.legend(fontsize=8)
@@ -763,9 +766,10 @@ def plot_samples(runs, path):
     """A contact sheet of validation pairs."""
     figure, axes = canvas(3, 4, "Validation pairs", 9, 7.5)
     images, tokens = runs[0].samples
+    for axis in axes:
+        axis.axis("off")
     for axis, image, row in zip(axes, images, tokens):
         axis.imshow(image.permute(1, 2, 0).numpy())
-        axis.axis("off")
         if row.ndim == 1:  # not, with the same modality, an image
             words = " ".join(runs[0].vocab[k] for k in row if k)
             axis.set_title(textwrap.fill(words, 28, max_lines=3), fontsize=8)
@@ -826,9 +830,9 @@ class Config:
                 "zero_shot": scenes or self.same_modality}
         for name, value in vars(self).items():
             low = least.get(name, 0)
-            high = 1 if name in ("mismatch", "single") else math.inf
-            if not isinstance(value, str) and not low <= value <= high:  # nan is not
-                raise UserError(f"{option(name)} must be from {low} to {high}, not {value}")
+            high = 1 if name in ("mismatch", "single") else 1e9
+            if isinstance(value, (int, float)) and not low <= value <= high:  # nan is not
+                raise UserError(f"{option(name)} must be from {low} to {high:g}, not {value}")
             if idle.get(name) and value != getattr(Config, name):
                 raise UserError(f"{option(name)} does nothing with these data: leave it out")
         if self.init_gap not in ("keep", "remove"):
@@ -852,7 +856,8 @@ class Config:
     def named(self):
         """The same with a folder, by default named after the time and the loss."""
         name = self.name().replace(", ", "-")
-        return replace(self, out=self.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{name}"))
+        out = self.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{name}")
+        return replace(self, data=str(self.data), out=str(out))
 
 
 def option(name):
@@ -890,9 +895,9 @@ def read_pairs(source):
     """(training, validation), {image path: [captions]} each; a tenth is held out if need be."""
     try:
         train = read_csv(source) if source.is_file() else read_coco(source, "train")
-        if not train:
-            raise ValueError("no annotations/captions_train20xx.json, no rows")
         val = read_coco(source, "val") or {path: train.pop(path) for path in list(train)[::10]}
+        if not train:
+            raise ValueError("no annotations/captions_train20xx.json, no rows to train on")
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{source} is neither COCO's folder nor a CSV file in UTF-8 with the "
                         f"header image,caption ({type(error).__name__}: {error})") from None
@@ -929,14 +934,16 @@ def decode(source, cfg, size):
         except OSError as error:
             faults.append(str(error))
 
+    total = 0
     for split, captions in zip(("train", "val"), read_pairs(source)):
         paths = list(captions)[:cfg.limit or None]
+        total += len(paths)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the GIL
             images = list(tqdm(pool.map(load, paths), "decoding", len(paths), unit="image"))
         texts = [captions[path] for path, image in zip(paths, images) if image is not None]
         images = [image for image in images if image is not None]
-        if len(images) < 0.9 * len(paths):
-            raise UserError(f"{len(images)} of {len(paths)} images can be read; not {faults[0]}")
+        if not images or len(faults) > 0.1 * total:
+            raise UserError(f"{len(faults)} of {total} images cannot be read, as {faults[0]}")
         five = [captions[k % len(captions)] for captions in texts for k in range(5)]
         if split == "train":
             content["vocab"] = make_vocab(five, cfg.vocab)
@@ -965,7 +972,10 @@ def photo_data(cfg):
         save_whole(decode(source, cfg, size), cache)
     if WORLD_SIZE > 1:
         torch.distributed.barrier()  # the first process makes the cache, the others find it
-    found = torch.load(cache, weights_only=True, mmap=True)
+    try:
+        found = torch.load(cache, weights_only=True, mmap=True)
+    except (RuntimeError, OSError):
+        raise UserError(f"{cache} is damaged: delete it") from None
     if found["faults"] and RANK == 0:
         print("warning: left out are", *found["faults"], sep="\n  ", file=sys.stderr)
     return Data(Pairs(*found["train"]), Pairs(*found["val"]), found["vocab"],
@@ -1104,7 +1114,7 @@ def load_run(folder):
     """The Run in a folder. Raises UserError if there is none."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
-        raise UserError(f"{folder} holds no checkpoint.pt: not a run, or one that ended too early")
+        raise UserError(f"{folder} holds no checkpoint.pt: no run, or too short to go on with")
     try:
         run = Run(**torch.load(path, weights_only=True, map_location="cpu"))
         assert run.version == __version__

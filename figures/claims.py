@@ -154,12 +154,12 @@ is above zero at each, too. With three seeds that is a low bar, so read the size
 1,500 in *losses*, 400 in sweeps, each run annealed to 0. Columns are explained in the [README](../README.md#run-it).
 """
 READINGS = {
-    "points": """The loss opens no gap between free points. Let each side learn one vector that its points share, and the gap is there at
-once, if the softmax is cold (hardly at T = .07, not at .2) and dimensions are many (none at d = 2, 3, 8). Annealed from T = 1 the points end
-**without** one, at T_eff .010: pairs that fit need no warmth. With a fifth of the partners permuted anew at each step annealing does not help: T_eff ends at .107, as
-with encoders (*thermostat*), though the gap is smaller. So it belongs neither to encoders nor to the cold loss as such, but to a cold loss on pairs
-that do not fit. And warmth alone is no gap: without an offset the points are as narrow (T_eff .027), and together; but nothing ties two shared vectors to
-each other, as their product is the same in all logits and cancels.""",
+    "points": """The loss opens no gap between free points. Let each side learn one vector that its points share, and it is there within a few steps
+(left), at any T: nothing ties the two vectors to each other, as their product is the same in all logits and cancels. Whether it *stays* depends on T: at .01 it does, at .2
+it is gone after 100 steps. In few dimensions (2, 3, 8) it does not. Annealed from T = 1 the points end **without** one, at T_eff .010:
+pairs that fit need no warmth. With a fifth of the partners permuted, anew at each step, annealing does not help, and T_eff ends near the encoders' (*thermostat*), though
+with a smaller gap. So it belongs neither to encoders nor to the cold loss as such, but to a cold loss on pairs that do not fit, and shared vectors.
+(Without an offset the points are as narrow, T_eff .027, and together.) Separability is measured on 206 points: .50±.035 is none.""",
     "losses": """CUA and CUAXU close the gap, spread the embeddings and keep retrieval. At the uses that the paper promises CUA from scratch
 is *not* better: zero-shot level or worse, arithmetic level. With the shared vector taken away (*centred*) it is better at all four, at every seed.
 Centring alone (CLIP, centred) leaves matched pairs far apart, and the tasks where they were: it takes both. (CLIP and CUA, centred, have five seeds;
@@ -182,7 +182,7 @@ Clean pairs want warmth at the start only; what they keep (T_eff .021 at T = .01
 .005), and shrinks with training (*longer*).
 
 Where it stops: in few dimensions T_eff varies (*dimension*). With other forces on the space it is another temperature: CUA, which pays for
-narrowness, ends at .07 with a fifth permuted (*noise*), and centred encoders are held at T. Batch size changes nothing (*batch-size*).""",
+narrowness, ends at .07 with a fifth permuted (*noise*), and centred encoders are held at T. At equal samples batch size changes nothing (*batch-size*).""",
     "same-modality": """The centrepiece. Two image encoders get the same images; the projection of one is moved, turned and scaled so that its cloud
 lies on the other's. They end with a loss near 0, and a complete gap. Neither modality, nor wrong pairs, nor the cone of the initialisation, nor too
 little training is left to explain it. CUA leaves a trace after 400 steps; centred CLIP opens none.""",
@@ -204,7 +204,7 @@ opposite sides. At C = 100 most of these gaps are still found.""",
 (centroids 1.6 and .9 apart): in few dimensions a wide gap has no way around. With CUA there is none at any seed. And no gap is not a uniform space: -2.08
 would be uniform at d = 3.""",
     "batch-size": """At equal steps B = 16 has a wider gap and a less uniform space than B = 64, but has seen a quarter of the samples. At equal samples its
-centroids are *nearer* than those of B = 256 (retrieval is worse). So "small batches make the gap worse" holds at equal steps only. T_eff is the same.""",
+centroids are *nearer* than those of B = 256 (retrieval is worse). So "small batches make the gap worse" holds at equal steps only. At equal samples T_eff is the same.""",
     "controls": """To be compared with the *clean* rows of *noise*. With biases frozen at 0 the gap is as complete: GELU's outputs have a mean of
 their own, which any matrix turns into an offset. Not biases are the cause but the freedom to move the mean, which centring takes away.""",
 }
