@@ -41,8 +41,8 @@ def make_model(kind, cfg, source):
     """The TwoEncoders to start from: None for fresh ones, else as the claim's `model` says."""
     if kind is None:
         return None
-    torch.manual_seed(cfg.seed)
-    model = cgap.TwoEncoders(cfg, len(cgap.load_data(cfg).vocab))
+    vocab = len(cgap.load_data(cfg).vocab)  # leaves a random state that no run has started from
+    model = cgap.TwoEncoders(cfg, vocab)
     if kind in ("kept", "fresh"):  # the encoders of `source`, with or without their projections
         weights = {name: weight for name, weight in cgap.load_run(source).model.items()
                    if name != "log_scale" and not (kind == "fresh" and "projection" in name)}
