@@ -681,7 +681,8 @@ def refused(capsys, argv, *named, written=False):
 @pytest.mark.parametrize("bad, named", [
     ("--batch 1", "--batch"), ("--unif nan", "--unif"), ("--steps many", "--steps"), ("--stpes 5", "--stpes"),
     ("--device tpu", "tpu"), ("--init-gap close", "close"), ("--temperature .005", "--temperature"),
-    ("--batch 201", "201"), ("--lr inf", "--lr"), ("--seed 99999999999", "--seed"), ("--limit 4 --batch 2", "4 validation"), ("--cache here", "--cache does nothing"),
+    ("--batch 201", "201"), ("--lr inf", "--lr"), ("--seed 99999999999", "--seed"), ("--limit 4 --batch 2", "4 validation"),
+    ("--cache here", "--cache does nothing"),
     ("--data file --single 0", "--single does nothing"), ("--data nowhere", "nowhere"), ("--data folder", "folder"),
     ("--data file", "header"), ("--out folder", "folder exists"), ("--out file/below", "file"),
     pytest.param("--device cuda", "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason=""))])

@@ -161,7 +161,7 @@ pairs that fit need no warmth. With a fifth of the partners permuted, anew at ea
 with a smaller gap. So it belongs neither to encoders nor to the cold loss as such, but to a cold loss on pairs that do not fit, and shared vectors.
 (Without an offset the points are as narrow, T_eff .027, and together.) Separability is measured on 206 points: .50±.035 is none.""",
     "losses": """CUA and CUAXU close the gap, spread the embeddings and keep retrieval. At the uses that the paper promises CUA from scratch
-is *not* better: zero-shot level or worse, arithmetic level. With the shared vector taken away (*centred*) it is better at all four, at every seed.
+is *not* better: zero-shot a little worse, arithmetic ahead within its spread. With the shared vector taken away (*centred*) it is better at all four, at every seed.
 Centring alone (CLIP, centred) leaves matched pairs far apart, and the tasks where they were: it takes both. (CLIP and CUA, centred, have five seeds;
 verdicts pair those that both rows have.) The tests themselves are noisy: ±.035 for arithmetic (200 questions), ±.04 for unseen
 combinations (160 pictures).
