@@ -548,9 +548,12 @@ def started(tmp_path_factory):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     commands = {"run": [cgap.__file__, *flags(**RUN, out="run")],
                 "two": [*torchrun, cgap.__file__, *flags(**RUN | dict(steps=20, out="two"))]}
-    return folder, {name: subprocess.Popen([sys.executable, *command], cwd=folder, text=True, stdout=subprocess.PIPE,
-                                           stderr=open(folder / f"{name}.log", "w"))
-                    for name, command in commands.items()}
+    processes = {name: subprocess.Popen([sys.executable, *command], cwd=folder, text=True, stdout=subprocess.PIPE,
+                                        stderr=open(folder / f"{name}.log", "w"))
+                 for name, command in commands.items()}
+    yield folder, processes
+    for process in processes.values():  # where only some tests were run
+        process.terminate()
 
 
 def finished(started, name):
