@@ -642,6 +642,7 @@ def train(cfg, resume=False, model=None, quiet=False):
         remove_initial_gap(model, *data.train.head(2048))
     forward, loss_of = prepare(model, cfg)
     start = run.step
+    weights = cfg.weights()
     source = itertools.islice(batches(len(data.train.images), cfg.batch, cfg.seed), start, None)
     for step in tqdm(range(start, cfg.steps + 1), cfg.name(), disable=quiet or RANK != 0):
         if step > start or not resume:  # measure the weights as they are ...
@@ -652,7 +653,7 @@ def train(cfg, resume=False, model=None, quiet=False):
         images, texts = data.train.batch(*next(source))
         with autocast(device):
             x, y, T = forward(images.to(device), texts.to(device))
-        loss, _ = loss_of(x, y, T, **cfg.weights())
+        loss, _ = loss_of(x, y, T, **weights)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimizer.zero_grad()

@@ -147,67 +147,82 @@ CLAIMS = {
 }
 INTRO = """# Gallery
 
-Every claim with its picture, table, verdicts and command; `python figures/reproduce.py` makes this page, the pictures and
-`results.json`. Numbers are mean±standard deviation over seeds 3, 4, 5, at which nothing was chosen. A verdict compares two rows, paired by
-seed, and prints the difference. It *holds* if its mean is above zero (and above the margin that is named) and above its standard deviation; *at every seed* if it
-is above zero at each, too. With three seeds that is a low bar, so read the size. Rows of a claim differ in what their names say alone; steps are
-1,500 in *losses*, 400 in sweeps, each run annealed to 0. Columns are explained in the [README](../README.md#run-it).
+Every claim with its picture, table, verdicts and command; `python figures/reproduce.py` makes this page, the
+pictures and `results.json`. Numbers are mean±standard deviation over seeds 3, 4, 5, at which nothing was chosen. A
+verdict compares two rows, paired by seed, and prints the difference. It *holds* if its mean is above zero (and
+above the margin that is named) and above its standard deviation; *at every seed* if it is above zero at each, too.
+With three seeds that is a low bar, so read the size. Rows of a claim differ in what their names say alone; steps
+are 1,500 in *losses*, 400 in sweeps, each run annealed to 0. Columns are explained in the
+[README](../README.md#run-it).
 """
 READINGS = {
-    "points": """The loss opens no gap between free points. Let each side learn one vector that its points share, and it is there within a few steps
-(left), at any T: nothing ties the two vectors to each other, as their product is the same in all logits and cancels. Whether it *stays* depends on T: at .01 it does, at .2
-it is gone after 100 steps. In few dimensions (2, 3, 8) it does not. Annealed from T = 1 the points end **without** one, at T_eff .010:
-pairs that fit need no warmth. With a fifth of the partners permuted, anew at each step, annealing does not help, and T_eff ends near the encoders' (*thermostat*), though
-with a smaller gap. So it belongs neither to encoders nor to the cold loss as such, but to a cold loss on pairs that do not fit, and shared vectors.
-(Without an offset the points are as narrow, T_eff .027, and together.) Separability is measured on 206 points: .50±.035 is none.""",
-    "losses": """CUA and CUAXU close the gap, spread the embeddings and keep retrieval. At the uses that the paper promises CUA from scratch
-is *not* better: zero-shot a little worse, arithmetic ahead within its spread. With the shared vector taken away (*centred*) it is better at all four, at every seed.
-Centring alone (CLIP, centred) leaves matched pairs far apart, and the tasks where they were: it takes both. (CLIP and CUA, centred, have five seeds;
-verdicts pair those that both rows have.) The tests themselves are noisy: ±.035 for arithmetic (200 questions), ±.04 for unseen
-combinations (160 pictures).
+    "points": """The loss opens no gap between free points. Let each side learn one vector that its points share,
+and it is there within a few steps, at any T: nothing ties the two vectors to each other, as their product is the
+same in all logits and cancels. Whether it *stays* depends on T: at .01 it does, at .2 it closes again (`python
+cgap.py --points --temperature 0.2` draws it). In few dimensions (2, 3, 8) it does not. Annealed from T = 1 the
+points end **without** one, at T_eff .010: pairs that fit need no warmth. With a fifth of the partners permuted,
+anew at each step, annealing does not help, and T_eff ends near the encoders' (*thermostat*), though with a smaller
+gap. So it belongs neither to encoders nor to the cold loss as such, but to a cold loss on pairs that do not fit,
+and shared vectors. (Without an offset the points are as narrow, T_eff .027, and together.) Separability is measured
+on 206 points: .50±.035 is none.""",
+    "losses": """CUA and CUAXU close the gap, spread the embeddings and keep retrieval. At the uses that the paper
+promises CUA from scratch is *not* better: zero-shot a little worse, arithmetic ahead within its spread. With the
+shared vector taken away (*centred*) it is better at all four, at every seed. Centring alone (CLIP, centred) leaves
+matched pairs far apart, and the tasks where they were: it takes both. (CLIP and CUA, centred, have five seeds;
+verdicts pair those that both rows have.) The tests themselves are noisy: ±.035 for arithmetic (200 questions), ±.04
+for unseen combinations (160 pictures).
 
-*Subtracting the means afterwards* is not the same. Taking the means of 2,048 training pairs from finished CLIP runs lowers separability from 1.00
-to .535±.019, but R@1 stays (.885, .883): retrieval never saw the offset. During training, centring spares CUA the work of moving the offset back.
-Batch norm on the embeddings (I0T, An et al.) removes the mean, too, and scales each dimension besides.""",
-    "opening": """From a removed gap separability is .92 after one step and 1.00 after four, with CLIP and with CUA. Before anything is learned the space *warms*: T_eff
-rises from .085 to .115 in seven steps, then cools as pairs begin to fit. Centred encoders never open one (they start at .67, as the gap was
-removed between clouds that then lose their means).""",
-    "thermostat": """T_eff at the end, by the share of permuted captions and T. A common offset makes cosines alike, and so does for the softmax what a
-higher temperature does. Plain CLIP shrinks its space until T_eff is what the pairs want, whatever T is, learned T included. Where T
-is hotter than that, T_eff is T and there is hardly a gap. For encoders the gap is nearly a function of T / T_eff alone (right): mismatched pairs,
-low temperature and early training are one explanation, not three. It says why a learned T leaves less of a gap, and why Yaras et al. (2412.07909) see
-mismatched pairs and temperature keep it.
+*Subtracting the means afterwards* is not the same. Taking the means of 2,048 training pairs from the five finished
+CLIP runs lowers separability from 1.00 to .535±.019, but R@1 stays (.885, .883): retrieval never saw the offset.
+During training, centring spares CUA the work of moving the offset back. Batch norm on the embeddings (I0T, An et
+al.) removes the mean, too, and scales each dimension besides.""",
+    "opening": """From a removed gap separability is .92 after one step and 1.00 after four, with CLIP and with CUA.
+Before anything is learned the space *warms*: T_eff rises from .085 to .118 in seven steps, then cools as pairs
+begin to fit. Centred encoders never open one (they start at .67, as the gap was removed between clouds that then
+lose their means).""",
+    "thermostat": """T_eff at the end, by the share of permuted captions and T. A common offset makes cosines alike,
+and so does for the softmax what a higher temperature does. Plain CLIP shrinks its space until T_eff is what the
+pairs want, whatever T is, learned T included. Where T is hotter than that, T_eff is T and there is hardly a gap.
+For encoders the gap is nearly a function of T / T_eff alone (right): mismatched pairs, low temperature and early
+training are one explanation, not three. It says why a learned T leaves less of a gap, and why Yaras et al.
+(2412.07909) see mismatched pairs and temperature keep it.
 
-Clean pairs want warmth at the start only; what they keep (T_eff .021 at T = .01) is left from then, as pairs that fit hardly pull (*same-modality*: a loss of
-.007), and shrinks with training (*longer*).
+Clean pairs want warmth at the start only; what they keep (T_eff .021 at T = .01) is left from then, as pairs that
+fit hardly pull (*same-modality*: a loss of .007), and shrinks with training (*longer*).
 
-Where it stops: in few dimensions T_eff varies (*dimension*). With other forces on the space it is another temperature: CUA, which pays for
-narrowness, ends at .07 with a fifth permuted (*noise*), and centred encoders are held at T. At equal samples batch size changes nothing (*batch-size*).""",
-    "same-modality": """The centrepiece. Two image encoders get the same images; the projection of one is moved, turned and scaled so that its cloud
-lies on the other's. They end with a loss near 0, and a complete gap. Neither modality, nor wrong pairs, nor the cone of the initialisation, nor too
-little training is left to explain it. CUA leaves a trace after 400 steps; centred CLIP opens none.""",
-    "image-text-from-zero": """Images and texts: CLIP opens a complete gap. CUA needs longer to close it (.55 after the 1,500 steps of *losses*):
-it moves the offset back by gradient.""",
-    "noise": """With pairs that fit, centred CUA retrieves better than CLIP. With a fifth of the captions permuted it does not, and CLIP is ahead in
-zero-shot. The thermostat says why: those pairs want T = .10, the offset would warm the softmax to that, and centring takes it away; what is left is to pull
-matched pairs apart (alignment 1.85). CUA without centring keeps its narrow space, and its gap. So wrong pairs want a warmer T first. No
-real data was run here; real captions are noisy.""",
-    "longer": """After 4,500 steps (one seed) centred CUA is ahead of CLIP in retrieval, zero-shot and above all unseen combinations, but behind in
-arithmetic: plain CLIP, trained longer, does it as well with a gap.""",
-    "zero-shot": """800 steps with a learned T, half of the scenes with one object; then 400 at T = .01 on scenes of two, tested on single ones. With *kept*
-projections CUA is far better at arithmetic and a little at zero-shot, at every seed. With *fresh* ones, which is what the authors trained, neither holds; centred, both do. (In earlier runs the fresh
-projections were those that the encoders had started from: CUA then led in arithmetic by .065±.015. So it depends on where projections start.)
-Fine-tuning itself costs zero-shot accuracy.""",
-    "terms": """Uniformity alone spreads the embeddings and leaves pairs far apart. Alignment alone closes the gap best at C = 1 and retrieves best, in
-a space narrower than CLIP's. So it does **not** take both to close the gap; it takes both to close it *and* spread. xunif alone drives images and texts to
-opposite sides. At C = 100 most of these gaps are still found.""",
-    "dimension": """At d = 32 and 128 CLIP has a complete gap. At d = 3 and 8 two of three seeds have none and the third keeps that of its start
-(centroids 1.6 and .9 apart): in few dimensions a wide gap has no way around. With CUA there is none at any seed. And no gap is not a uniform space: -2.08
-would be uniform at d = 3.""",
-    "batch-size": """At equal steps B = 16 has a wider gap and a less uniform space than B = 64, but has seen a quarter of the samples. At equal samples its
-centroids are *nearer* than those of B = 256 (retrieval is worse). So "small batches make the gap worse" holds at equal steps only. At equal samples T_eff is the same.""",
-    "controls": """To be compared with the *clean* rows of *noise*. With biases frozen at 0 the gap is as complete: GELU's outputs have a mean of
-their own, which any matrix turns into an offset. Not biases are the cause but the freedom to move the mean, which centring takes away.""",
+Where it stops: in few dimensions T_eff varies (*dimension*). With other forces on the space it is another
+temperature: CUA, which pays for narrowness, ends at .07 with a fifth permuted (*noise*), and centred encoders are
+held at T. At equal samples batch size changes nothing (*batch-size*).""",
+    "same-modality": """The centrepiece. Two image encoders get the same images; the projection of one is moved,
+turned and scaled so that its cloud lies on the other's. They end with a loss near 0, and a complete gap. Neither
+modality, nor wrong pairs, nor the cone of the initialisation, nor too little training is left to explain it. CUA
+leaves a trace after 400 steps; centred CLIP opens none.""",
+    "image-text-from-zero": """Images and texts: CLIP opens a complete gap. CUA needs longer to close it (.55 after
+the 1,500 steps of *losses*): it moves the offset back by gradient.""",
+    "noise": """With pairs that fit, centred CUA retrieves better than CLIP. With a fifth of the captions permuted
+it does not, and CLIP is ahead in zero-shot. The thermostat says why: those pairs want T = .10, the offset would
+warm the softmax to that, and centring takes it away; what is left is to pull matched pairs apart (alignment 1.85).
+CUA without centring keeps its narrow space, and its gap. So wrong pairs want a warmer T first. No real data was run
+here; real captions are noisy.""",
+    "longer": """After 4,500 steps (one seed, another processor) centred CUA is ahead of CLIP in retrieval, zero-shot and above all
+unseen combinations, but behind in arithmetic: plain CLIP, trained longer, does it as well with a gap.""",
+    "zero-shot": """800 steps with a learned T, half of the scenes with one object; then 400 at T = .01 on scenes of
+two, tested on single ones. With *kept* projections CUA is far better at arithmetic and a little at zero-shot, at
+every seed. With *fresh* ones, which is what the authors trained, neither holds; centred, both do. Fine-tuning
+itself costs zero-shot accuracy.""",
+    "terms": """Uniformity alone spreads the embeddings and leaves pairs far apart. Alignment alone closes the gap
+best at C = 1 and retrieves best, in a space narrower than CLIP's. So it does **not** take both to close the gap; it
+takes both to close it *and* spread. xunif alone drives images and texts to opposite sides. At C = 100 most of these
+gaps are still found.""",
+    "dimension": """At d = 32 and 128 CLIP has a complete gap. At d = 3 and 8 two of three seeds have none and the
+third keeps that of its start (centroids 1.6 and .9 apart): in few dimensions a wide gap has no way around. With CUA
+there is none at any seed. And no gap is not a uniform space: -2.08 would be uniform at d = 3.""",
+    "batch-size": """At equal steps B = 16 has a wider gap and a less uniform space than B = 64, but has seen a
+quarter of the samples. At equal samples its centroids are *nearer* than those of B = 256 (retrieval is worse). So
+"small batches make the gap worse" holds at equal steps only. At equal samples T_eff is the same.""",
+    "controls": """To be compared with the *clean* rows of *noise*. With biases frozen at 0 the gap is as complete:
+GELU's outputs have a mean of their own, which any matrix turns into an offset. Not biases are the cause but the
+freedom to move the mean, which centring takes away.""",
 }
 for _name, _text in READINGS.items():
     CLAIMS[_name].reading = _text.replace("\n\n", "@@").replace("\n", " ").replace("@@", "\n\n")
