@@ -56,7 +56,7 @@ def unit(z, center=False):
 
 def uniformity(x, y, t=2.0):
     """log mean_{i != j} exp(-t |x_i - y_j|^2) of unit vectors (N, D): a scalar, -4t to 0, lower the
-    farther apart they are. For one modality: uniformity(x, x). Pairs i = j are left out, as their
+    farther apart they are. For one modality: uniformity(x, x). Pairs i = j are left out: their
     distance is 0, or should be. Source: Wang & Isola, arXiv 2005.10242."""
     N = len(x)
     exponents = 2 * t * (x @ y.T - 1)  # (N, N); on the sphere |a - b|^2 = 2 - 2 a.b
@@ -100,30 +100,27 @@ def fit_logistic(z, labels, C):
     """The w (D,) that minimises |w'|^2 / 2 + C sum_i log(1 + exp(-s_i z_i.w)), by Newton's method.
     z: (N, D), the last column 1: the last weight is the bias, w' the others. labels: (N,), 0 or 1
     for s = -1 or 1. C: as in scikit-learn, the larger the freer."""
-    ridge = torch.eye(z.shape[1], dtype=z.dtype)
-    ridge[-1, -1] = 0
-    w = z.new_zeros(z.shape[1])
-    for _ in range(50):
+    ridge = torch.ones_like(z[0])
+    ridge[-1] = 0
+    w = torch.zeros_like(ridge)
+    for _ in range(25):
         p = torch.sigmoid(z @ w)
-        gradient = ridge @ w + C * z.T @ (p - labels)
-        hessian = ridge + C * (z.T * (p * (1 - p))) @ z
-        step = torch.linalg.solve(hessian, gradient)
-        w = w - step
-        if step.norm() < 1e-6 * w.norm():
-            break
+        gradient = ridge * w + C * z.T @ (p - labels)
+        hessian = ridge.diag() + C * (z.T * (p * (1 - p))) @ z
+        w = w - torch.linalg.solve(hessian, gradient)
     return w
 
 
 def linear_separability(x, y, C=1.0):
-    """Accuracy, 0 to 1, of a logistic regression that tells x from y, unit vectors (N, D), float64:
-    fit on 80 % of the pairs, tested on the others. 1 is a complete gap, 0.5 is none. The authors
-    use C = 1, whose penalty keeps w small and misses tiny gaps; 100 finds them."""
+    """Accuracy, 0 to 1, of a logistic regression that tells x from y, unit vectors (N, D): fit on
+    80 % of the pairs, tested on the others. 1 is a complete gap, 0.5 is none. The authors use C = 1,
+    whose penalty keeps w small and misses tiny gaps; 100 finds them."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    z = F.pad(torch.cat([x[order], y[order]]), (0, 1), value=1.0)  # (2 N, D + 1)
-    is_y = torch.arange(2).repeat_interleave(len(x)).to(z.dtype)
-    fit = (torch.arange(len(x)) < int(0.8 * len(x))).repeat(2)  # both halves of a pair on one side
-    w = fit_logistic(z[fit], is_y[fit], C)
-    return ((z[~fit] @ w > 0) == is_y[~fit]).double().mean()
+    z = F.pad(torch.stack([x, y], 1)[order], (0, 1), value=1.0)  # (N, 2, D + 1)
+    labels = torch.arange(2.0, dtype=z.dtype)
+    k = int(0.8 * len(x))
+    w = fit_logistic(z[:k].flatten(0, 1), labels.repeat(k), C)
+    return ((z[k:] @ w > 0) == labels).double().mean()
 
 
 def effective_rank(x):
@@ -135,13 +132,14 @@ def effective_rank(x):
 
 @torch.no_grad()
 def gap_metrics(x, y):
-    """All measures of the gap between paired embeddings x, y (N, D), as a dict of floats.
+    """All measures of the gap between paired embeddings x, y (N, D), as a dict of floats; takes
+    about 30 N^2 bytes.
 
     centroid_distance          |mean x - mean y|, 0 to 2
     linear_separability        can a classifier tell x from y? 0.5 never, 1 always; _c100: C = 100
-    matched_cosine, alignment  mean x_i . y_i, -1 to 1; mean |x_i - y_i|^2, 0 to 4
+    alignment                  mean |x_i - y_i|^2, 0 to 4: 2 - 2 * mean cosine of the pairs
     uniformity_image, uniformity_text, cross_uniformity   -8 to 0, of 5,000 pairs at the most
-    effective_rank_image, effective_rank_text             1 to D
+    effective_rank             of x, 1 to D
     They are normalised here. Raises ValueError for other shapes, N < 5, D < 2, and a row that is
     zero or not finite. Source: the paper; the first two as in the authors' code.
     """
@@ -153,34 +151,24 @@ def gap_metrics(x, y):
                          f"finite, not {(*x.shape,)} and {(*y.shape,)}")
     x = unit(x)
     y = unit(y)
-    some = slice(None, None, math.ceil(len(x) / 5000))
     metrics = {
         "centroid_distance": (x.mean(0) - y.mean(0)).norm(),
         "linear_separability": linear_separability(x, y),
         "linear_separability_c100": linear_separability(x, y, C=100.0),
-        "matched_cosine": (x * y).sum(1).mean(),
         "alignment": (x - y).square().sum(1).mean(),
-        "uniformity_image": uniformity(x[some], x[some]),
-        "uniformity_text": uniformity(y[some], y[some]),
-        "cross_uniformity": uniformity(x[some], y[some]),
-        "effective_rank_image": effective_rank(x),
-        "effective_rank_text": effective_rank(y),
+        "uniformity_image": uniformity(x, x),
+        "uniformity_text": uniformity(y, y),
+        "cross_uniformity": uniformity(x, y),
+        "effective_rank": effective_rank(x),
     }
     return {name: value.item() for name, value in metrics.items()}
 
 
 def ideals(dim):
-    """What the loss's terms and gap_metrics are for perfect pairs, uniform on the sphere: a dict.
-    Uniformity is then log 0F1(; d/2; 4) - 4, which is -2.080 at d = 3 and -3.938 at d = 128."""
-    term = total = 1.0
-    for k in range(1, 60):
-        term *= 4 / ((dim / 2 + k - 1) * k)
-        total += term
-    uniform = math.log(total) - 4
-    return {"clip": 0, "unif": uniform, "align": 0, "xunif": uniform, "centroid_distance": 0,
-            "linear_separability": 0.5, "linear_separability_c100": 0.5, "matched_cosine": 1,
-            "alignment": 0, "uniformity_image": uniform, "uniformity_text": uniform,
-            "cross_uniformity": uniform, "effective_rank_image": dim, "effective_rank_text": dim}
+    """What gap_metrics are for perfect pairs, uniform on the sphere: of a sample of 5,000. The
+    uniformity of the distribution is log 0F1(; d/2; 4) - 4: -2.080 at d = 3, -3.938 at d = 128."""
+    x = torch.randn(5000, dim, generator=torch.Generator().manual_seed(0))
+    return gap_metrics(x, x)
 
 
 @torch.no_grad()
@@ -196,34 +184,31 @@ def effective_temperature(x, y, temperature):
 
 
 def recall(x, y, group):
-    """How often the nearest y to x_i, and one of the nearest five, has x_i's group: (R@1, R@5).
-    x, y: unit vectors (N, D). group: (N,) integers; equal captions share one."""
-    right = group[(x @ y.T).topk(5).indices] == group[:, None]  # (N, 5)
-    return right[:, 0].float().mean().item(), right.any(1).float().mean().item()
+    """R@1, 0 to 1: how often the nearest y to x_i has x_i's group. x, y: unit vectors (N, D).
+    group: (N,) integers; equal captions share one."""
+    return (group[(x @ y.T).argmax(1)] == group).float().mean().item()
 
 
 @torch.no_grad()
 def mixed_recall(x, y, group=None):
     """Search in one index of images and texts: how often the nearest item to x_i, and to y_i, is a
     right partner of the other modality; two floats, 0 to 1. The item itself and those of its own
-    modality and group are left out. x, y: (N, D), normalised here; takes about 20 N^2 bytes.
+    modality and group are left out. x, y: (N, D), normalised here; takes about 25 N^2 bytes.
     group: (N,) integers; equal captions share one. After arXiv 2507.19054."""
-    x = unit(x)
-    y = unit(y)
+    both = torch.cat([unit(x), unit(y)])  # (2 N, D)
     group = torch.arange(len(x), device=x.device) if group is None else group
-    rates = []
-    for own, other in ((x, y), (y, x)):
-        cosines = (own @ own.T).masked_fill(group[:, None] == group, -math.inf)
-        nearest = torch.cat([cosines, own @ other.T], 1).argmax(1)  # among 2 N
-        rates.append((group.repeat(2)[nearest] == group).float().mean().item())
-    return tuple(rates)
+    same = group[:, None] == group
+    cosines = (both @ both.T).masked_fill_(torch.block_diag(same, same), -math.inf)
+    group = group.repeat(2)
+    right = group[cosines.argmax(1)] == group
+    return tuple(right.view(2, -1).float().mean(1).tolist())
 
 
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # No encoders, only points that the loss may move as it likes. Left alone, they open no gap. Give
 # each side one vector that all its points share, as an encoder's biases are, and a complete gap
 # opens within a few steps, at any temperature. What decides is how fast the shared vectors move
-# against the points: at 1/64 of the points' learning rate no gap opens.
+# against the points: at 1/64 of the points' learning rate hardly a gap opens.
 # Why two directions, not one common corner? Almost nothing ties the two vectors to each other: what
 # they add to the logits is nearly the same for all pairs, and softmax does not see a constant. What
 # little does tie them closes the gap again where T is high. At T = 0.01 it stays: that softmax is
@@ -232,6 +217,7 @@ def mixed_recall(x, y, group=None):
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, **weights):
     """Train n pairs of free points and, at first 0, an offset that the points of a side share.
+
     offset: its learning rate, as a multiple of the points'; 0 for none. Both sides start in the
     same cone, so without a gap. temperature: a number, or a function of the step. mismatch: the
     share of y that is permuted, anew at each step. weights: of the loss's terms. Returns a dict for
@@ -249,8 +235,8 @@ def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=6
         x, y = points + offsets
         T = temperature(step) if callable(temperature) else temperature
         if step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 400, steps):
-            T_eff = effective_temperature(x, y, T)
-            history.append({"step": step, "effective_temperature": T_eff, **gap_metrics(x, y)})
+            history.append({"step": step, **gap_metrics(x, y),
+                            "effective_temperature": effective_temperature(x, y, T)})
         i = torch.randperm(n)[:batch]
         j = mismatched(n, mismatch)[i]
         loss, _ = cgap_loss(x[i], y[j], T, **weights)
@@ -293,21 +279,21 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A transformer: tokens (B, L), 0 for padding, L up to CONTEXT, to embeddings (B, dim)."""
 
-    def __init__(self, dim, vocab, width=128, heads=4):
+    def __init__(self, dim, vocab):
         super().__init__()
-        self.token = nn.Embedding(vocab, width, padding_idx=0)
-        self.position = nn.Parameter(torch.randn(CONTEXT, width))  # as large as word embeddings
-        self.body = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu",
-                                               batch_first=True, norm_first=True)
-        self.norm = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, dim)
+        self.token = nn.Embedding(vocab, 128)
+        self.position = nn.Parameter(torch.randn(CONTEXT, 128))  # as large as word embeddings
+        self.body = nn.TransformerEncoderLayer(128, 4, 512, 0.0, "gelu", batch_first=True,
+                                               norm_first=True)
+        self.norm = nn.LayerNorm(128)
+        self.projection = nn.Linear(128, dim)
 
     def forward(self, tokens):
         is_word = tokens != 0  # (B, L)
-        h = self.token(tokens) + self.position[:tokens.shape[1]]  # (B, L, width)
+        h = self.token(tokens) + self.position[:tokens.shape[1]]  # (B, L, 128)
         h = self.norm(self.body(h, src_key_padding_mask=~is_word))
-        weight = is_word[..., None].to(h.dtype)
-        return self.projection((h * weight).sum(1) / weight.sum(1))  # mean over the words
+        is_word = is_word[..., None]  # (B, L, 1)
+        return self.projection((h * is_word).sum(1) / is_word.sum(1))  # mean over the words
 
 
 class TwoEncoders(nn.Module):
@@ -343,9 +329,8 @@ def embed(encoder, inputs):
 @torch.no_grad()
 def remove_initial_gap(model, images, texts):
     """Lay the second encoder's cloud onto the first's, in place: the paper's idealised start. Its
-    projection is changed so that mean and spread of its embeddings y of these pairs become those of
-    x, turned by the orthogonal R that minimises |(y - mean y) R - (x - mean x)| (Procrustes). The
-    paper does not mention the spread: it matters as embeddings are normalised."""
+    projection changes so that its embeddings y get the mean and the spread of x, turned by the
+    orthogonal R that minimises |(y - mean y) R - (x - mean x)| (Procrustes)."""
     x = encode(model.image, images)
     y = encode(model.text, texts)
     mean_x = x.mean(0)
@@ -385,8 +370,7 @@ class Pairs:
 Data = namedtuple("Data", "train val vocab tasks")
 # Zero-shot: the prompt nearest to image i should be number labels[i]. Arithmetic: image query[q] of
 # the pool + text(new[q]) - text(old[q]) should be nearest to an i of which correct[q, i] is True.
-# edits: old and new words, old and new captions.
-Tasks = namedtuple("Tasks", "images labels prompts pool query edits correct")
+Tasks = namedtuple("Tasks", "images labels prompts pool query old new correct")
 
 
 def split_words(text):
@@ -403,10 +387,8 @@ def make_vocab(captions):
 
 def tokenize(captions, vocab):
     """Token numbers (len(captions), L), int32, of the first CONTEXT words, padded with 0."""
-    rows = []
-    for text in captions:
-        numbers = [vocab.get(word, 1) for word in split_words(text)[:CONTEXT]]
-        rows.append(torch.tensor(numbers, dtype=torch.int32))
+    rows = [[vocab.get(word, 1) for word in split_words(text)[:CONTEXT]] for text in captions]
+    rows = [torch.tensor(row, dtype=torch.int32) for row in rows]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
@@ -483,7 +465,8 @@ def draw_scenes(scenes, size):
 
 def scene_tasks(size, vocab, n=200):
     """Zero-shot: single objects in all combinations, prompts such as "a red circle". Arithmetic: n
-    scenes, each edited in each of its words, the 5 n edits asked for among all of these."""
+    scenes, each edited in each of its words; the 5 n edits are asked for among all of these, first
+    with words as old and new texts, then with captions."""
     single = F.pad(OBJECTS, (0, 3), value=-1)
     labels = torch.arange(len(single)).repeat(20)
     images = draw_scenes(single[labels], size)
@@ -498,10 +481,10 @@ def scene_tasks(size, vocab, n=200):
         rows[:, k] = (rows[:, k] + torch.randint(1, len(names), (len(rows),))) % len(names)
         new += [names[i] for i in rows[:, k]]
     pool = torch.cat([scenes, edited])
-    texts = (old, new, describe(scenes[query]), describe(edited))
-    return Tasks(images, labels, tokenize(describe(single), vocab), draw_scenes(pool, size), query,
-                 [tokenize(edit, vocab) for edit in texts],
-                 (edited[:, None] == pool).all(2))  # equal scenes are equally right
+    correct = (edited[:, None] == pool).all(2)  # equal scenes are equally right
+    return Tasks(images, labels, tokenize(describe(single), vocab), draw_scenes(pool, size),
+                 query.repeat(2), tokenize(old + describe(scenes[query]), vocab),
+                 tokenize(new + describe(edited), vocab), correct.repeat(2, 1))
 
 
 def scene_data(cfg):
@@ -536,7 +519,7 @@ class Config:
     cache: str = "~/.cache/cgap"  # folder for decoded photographs
     dim: int = 128  # dimension of the shared space
     same_modality: bool = False  # a second image encoder replaces the one for texts
-    init_gap: str = "keep"  # or `remove` the gap between the untrained encoders
+    remove_gap: bool = False  # start without the gap between the untrained encoders
     steps: int = 1500  # training steps
     batch: int = 64  # pairs in a batch, over all processes
     lr: float = 1e-3  # peak learning rate
@@ -549,45 +532,37 @@ class Config:
 
     def __post_init__(self):
         self.data = str(self.data)
-        name = self.name().replace(", ", "-")
-        self.out = str(self.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{name}-seed{self.seed}"))
+        name = f"{self.name()}-seed{self.seed}"
+        self.out = str(self.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{name}"))
 
     def weights(self):
-        """The settings that are arguments of cgap_loss; of a term that you add, too."""
-        names = list(inspect.signature(cgap_loss).parameters)[3:]
+        """The weights of the loss's terms, {argument of cgap_loss: value}; of one you add, too."""
+        names = list(inspect.signature(cgap_loss).parameters)[3:-1]
         return {name: getattr(self, name) for name in names}
 
     def name(self):
         """The loss in short, for folders and legends."""
-        terms = {name: weight for name, weight in self.weights().items() if weight}
-        terms.pop("center", None)
-        spelled = "+".join(f"{weight:g}{name}" for name, weight in terms.items())
+        spelled = "+".join(f"{value:g}{name}" for name, value in self.weights().items() if value)
         known = {"": "CLIP", "1unif+1align": "CUA", "1unif+1align+1xunif": "CUAXU"}
-        return known.get(spelled, "CLIP+" + spelled) + ", centred" * self.center
+        return known.get(spelled, "CLIP+" + spelled) + "-centred" * self.center
 
 
 # -- 7. Training -----------------------------------------------------------------------------------
-def calculate(pool, query, edit, correct):
-    """For each query, is pool[query] + edit nearest to a right image of the pool? (Q,), 0 or 1."""
-    scores = (pool[query] + edit) @ pool.T
-    scores.scatter_(1, query[:, None], -math.inf)  # the query itself is no answer
-    return correct.gather(1, scores.argmax(1, keepdim=True))[:, 0].float()
-
-
 def do_tasks(model, tasks):
-    """Accuracy in zero-shot, of all and of the unseen, and in arithmetic with single words that
-    name an attribute or a relation, and with captions: a dict of floats."""
+    """Accuracy, 0 to 1, in zero-shot (of all, of the unseen) and in arithmetic (with single words
+    for attributes or for relations, with captions): a dict of floats."""
     scores = embed(model.image, tasks.images) @ embed(model.text, tasks.prompts).T
     named = (scores.argmax(1) == tasks.labels).float()
     pool = embed(model.image, tasks.pool)
-    old, new, before, after = (embed(model.text, edit) for edit in tasks.edits)
-    by_word = calculate(pool, tasks.query, new - old, tasks.correct).view(len(WORDS), -1)
-    by_caption = calculate(pool, tasks.query, after - before, tasks.correct)
-    return {"zero_shot": named.mean().item(),
-            "zero_shot_unseen": named[UNSEEN[tasks.labels]].mean().item(),
-            "arithmetic_attribute": by_word[:-1].mean().item(),
-            "arithmetic_relation": by_word[-1].mean().item(),
-            "arithmetic_caption": by_caption.mean().item()}
+    edit = embed(model.text, tasks.new) - embed(model.text, tasks.old)
+    scores = (pool[tasks.query] + edit) @ pool.T
+    scores.scatter_(1, tasks.query[:, None], -math.inf)  # the query itself is no answer
+    found = tasks.correct.gather(1, scores.argmax(1, keepdim=True)).float()
+    words, captions = found.view(2, len(WORDS), -1)
+    right = {"zero_shot": named, "zero_shot_unseen": named[UNSEEN[tasks.labels]],
+             "arithmetic_attribute": words[:-1], "arithmetic_relation": words[-1],
+             "arithmetic_caption": captions}
+    return {name: values.mean().item() for name, values in right.items()}
 
 
 def evaluate(model, data, cfg):
@@ -595,21 +570,20 @@ def evaluate(model, data, cfg):
     T = torch.exp(-model.log_scale).item()
     images, texts = data.train.batch(slice(cfg.batch))
     loss, terms = cgap_loss(encode(model.image, images), encode(model.text, texts), T,
-                            **cfg.weights())
-    if forgotten := cfg.weights().keys() - {"center"} - terms.keys():
-        raise NotImplementedError(f"cgap_loss has a weight, but no term: {forgotten}")
+                            **cfg.weights(), center=cfg.center)
     if not loss.isfinite():
         raise UserError(f"the loss is not finite: lower --lr or raise --temperature; {cfg.out} "
                         "keeps the last good weights")
     images, texts = data.val.batch(slice(5000))
     x = embed(model.image, images)
     y = embed(model.text, texts)
-    record = {name: value.item() for name, value in {"loss": loss, **terms}.items()}
+    record = {"loss": loss.item()}
+    for name in ("clip", *cfg.weights()):
+        record[name] = terms[name].item()  # KeyError: a weight without its term
     record |= gap_metrics(x, y)
     record |= {"temperature": T, "effective_temperature": effective_temperature(x, y, T)}
     group = torch.unique(texts.flatten(1), dim=0, return_inverse=True)[1]
-    record["i2t_r1"], record["i2t_r5"] = recall(x, y, group)
-    record["t2i_r1"], record["t2i_r5"] = recall(y, x, group)
+    record |= {"i2t_r1": recall(x, y, group), "t2i_r1": recall(y, x, group)}
     record["mixed_i2t"], record["mixed_t2i"] = mixed_recall(x, y, group)
     return record | (do_tasks(model, data.tasks) if data.tasks else {})
 
@@ -625,10 +599,9 @@ def batch_of(step, n, cfg):
 
 def make_optimizer(model, cfg):
     """AdamW; weight decay on matrices, not on biases, norms, temperature."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
+    groups = [{"params": [p], "weight_decay": cfg.weight_decay if p.ndim > 1 else 0.0}
+              for p in model.parameters()]
+    return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), fused=True)
 
 
 def learning_rate(step, cfg):
@@ -638,11 +611,11 @@ def learning_rate(step, cfg):
 
 
 def track(run, step, model, optimizer, data, quiet):
-    """At its interval, a snapshot for the figures; at its, an evaluation and a checkpoint."""
+    """When due, take a snapshot for the figures; when due, evaluate and save a checkpoint."""
     cfg = run["cfg"]
     is_last = step == cfg.steps
     evaluation = is_last or step % cfg.eval_every == 0
-    snapshot = is_last or step % max(1, cfg.steps // 30) == 0
+    snapshot = is_last or step % math.ceil(cfg.steps / 30) == 0
     if cfg.center and (evaluation or snapshot):  # few pairs will do for a picture
         fold_means(model, *data.train.batch(slice(2048 if evaluation else 256)))
     if snapshot and RANK == 0:
@@ -651,7 +624,6 @@ def track(run, step, model, optimizer, data, quiet):
         run["snapshots"][step] = both.half()  # (2, 256, dim)
     if evaluation and RANK == 0:
         record = {"step": step, **evaluate(model, data, cfg)}
-        record["seconds"] = time.perf_counter() - run["began"]
         run["history"].append(record)
         save_run(run, model, optimizer)
         if not quiet:
@@ -661,7 +633,7 @@ def track(run, step, model, optimizer, data, quiet):
 
 def train(cfg, resume=False, model=None, quiet=False):
     """Train two encoders; returns the history, a dict for each evaluation: `step`, the loss and its
-    terms, every metric, `seconds`. resume: go on with the run in cfg.out. model: your own
+    terms, every metric. resume: go on with the run in cfg.out. model: your own
     TwoEncoders to start from. Raises UserError for what cannot work, and for a loss that is not
     finite."""
     check(cfg)
@@ -669,12 +641,15 @@ def train(cfg, resume=False, model=None, quiet=False):
     data = load_data(cfg)
     torch.manual_seed(cfg.seed)
     model = model or TwoEncoders(cfg, len(data.vocab))
-    if cfg.init_gap == "remove" and not resume:
+    if cfg.remove_gap and not resume:
         remove_initial_gap(model, *data.train.batch(slice(2048)))
     model.to(device)
     optimizer = make_optimizer(model, cfg)
     run = open_run(cfg, data, model, optimizer, resume)
-    forward, loss_of = prepare(model, cfg)
+    loss_of = torch.compile(cgap_loss) if cfg.compile else cgap_loss
+    if cfg.compile:
+        model.compile()
+    forward = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     if not resume:
         track(run, 0, model, optimizer, data, quiet)
     start = run["history"][-1]["step"] if resume else 0
@@ -683,7 +658,7 @@ def train(cfg, resume=False, model=None, quiet=False):
         images, texts = data.train.batch(*batch_of(step, len(data.train.images), cfg))
         with autocast(device):
             x, y, T = forward(images.to(device), texts.to(device))
-        loss, _ = loss_of(gather(x), gather(y), T, **cfg.weights())
+        loss, _ = loss_of(gather(x), gather(y), T, **cfg.weights(), center=cfg.center)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimizer.zero_grad()
@@ -702,25 +677,24 @@ def canvas(n, columns):
     """A matplotlib figure of n panels, so many in a row, and the list of them."""
     from matplotlib.figure import Figure
     rows = math.ceil(n / columns)
-    figure = Figure(figsize=(4.2 * columns, 4 * rows), dpi=100, layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 4 * rows), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(n)]
 
 
-def plot_histories(histories, metrics, dims, path, xscale="linear"):
-    """A panel for each metric with a line for each of {name: history} that has it, and dotted ones
-    for the ideal in each of dims."""
+def plot_histories(histories, metrics, dim, path, xscale="linear"):
+    """A panel for each metric with a line for each of {name: history}, and a dotted one for the
+    ideal in so many dimensions."""
     figure, axes = canvas(len(metrics), min(4, len(metrics)))
-    lines = {}
+    ideal = ideals(dim)
     for axis, metric in zip(axes, metrics):
-        for k, (name, history) in enumerate(histories.items()):
-            points = [(record["step"], record[metric]) for record in history if metric in record]
-            if points:
-                (lines[name],) = axis.plot(*zip(*points), "o-", color=f"C{k}", markersize=3)
-        for dim in dims:
-            axis.axhline(ideals(dim).get(metric, math.nan), color="0.5", linestyle=":")
+        for name, history in histories.items():
+            steps = [record["step"] for record in history]
+            values = [record.get(metric, math.nan) for record in history]  # nan is not drawn
+            axis.plot(steps, values, "o-", markersize=3, label=name)
+        axis.axhline(ideal.get(metric, math.nan), color="0.5", linestyle=":")
         axis.set(xlabel="training step", title=metric.replace("_", " "), xscale=xscale)
         axis.xaxis.set_major_formatter("{x:g}")
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path)
 
 
@@ -737,22 +711,13 @@ def draw_pairs(axis, run, number):
     for cloud, marker, label in zip(points, "o^", ("images", "texts")):
         axis.plot(*cloud.T, marker, markersize=3, label=label)
     axis.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xlabel="along the gap",
-             ylabel="along what both have in common",
+             ylabel="what both have in common",
              title=f"{run['cfg'].name()}\nstep {step}: centroids {(y - x).norm():.2f} apart")
     axis.legend(loc="lower right")
 
 
-def plot_embeddings(runs, path):
-    """Images and texts before and after training, a row for each run."""
-    figure, axes = canvas(2 * len(runs), 2)
-    for k, run in enumerate(runs):
-        draw_pairs(axes[2 * k], run, 1)
-        draw_pairs(axes[2 * k + 1], run, None)
-    figure.savefig(path)
-
-
 def animate(runs, path):
-    """The same over all of training, as a GIF, the runs side by side."""
+    """Images and texts over all of training, the runs side by side: a GIF, its end as a PNG."""
     from matplotlib.animation import FuncAnimation
     figure, axes = canvas(len(runs), len(runs))
 
@@ -760,17 +725,22 @@ def animate(runs, path):
         for axis, run in zip(axes, runs):
             draw_pairs(axis, run, k + 1)
 
-    frames = max(len(run["snapshots"]) for run in runs) + 5  # it rests at the end
-    FuncAnimation(figure, frame, frames).save(path, "pillow", fps=6, dpi=80)
+    FuncAnimation(figure, frame, 36).save(path, "pillow", dpi=80)  # it rests at the end
+    figure.savefig(path.with_suffix(".png"))
 
 
-def plot_gap(runs, path):
-    """The gap and retrieval, and the terms of the loss (also one that you add), over time."""
+def plot(folders, out):
+    """All figures of one run or several: gap.png with the gap, retrieval and the terms of the
+    loss (also one that you add), embeddings.gif and embeddings.png."""
+    runs = [load_run(folder) for folder in folders]
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     histories = {run["cfg"].out: run["history"] for run in runs}
-    names = list(runs[-1]["history"][-1])
-    terms = names[names.index("loss") + 1:names.index("centroid_distance")]
-    shown = ["linear_separability", "centroid_distance", "effective_rank_image", "i2t_r1", *terms]
-    plot_histories(histories, shown, {run["cfg"].dim for run in runs}, path)
+    shown = ["linear_separability", "centroid_distance", "effective_rank", "i2t_r1",
+             "mixed_i2t", "loss", "clip", *runs[-1]["cfg"].weights()]
+    plot_histories(histories, shown, runs[0]["cfg"].dim, out / "gap.png")
+    animate(runs, out / "embeddings.gif")
+    print(f"{out}: gap.png, embeddings.gif, embeddings.png")
 
 
 # PART TWO: THE MACHINERY ==========================================================================
@@ -779,28 +749,17 @@ class UserError(Exception):
     """A mistake of the user's: the command line prints it as one line and exits with 2."""
 
 
-def read_coco(folder):
-    """The captions of the training and of the validation images, {path: [captions]} each, of the
-    latest year in MS-COCO's layout: the splits of different years overlap."""
-    *older, train = sorted(folder.glob("annotations/captions_train20??.json"))
-    if older:
-        print(f"{folder} holds several years: taking {train.name}", file=sys.stderr)
-    splits = []
-    for file in (train, train.with_name(train.name.replace("train", "val"))):
-        captions = defaultdict(list)
-        if file.exists():
-            content = json.loads(file.read_bytes())
-            images = folder / file.stem.removeprefix("captions_")
-            paths = {image["id"]: images / image["file_name"] for image in content["images"]}
-            for note in content["annotations"]:
-                captions[paths[note["image_id"]]].append(note["caption"])
-        splits.append(captions)
-    return splits
-
-
-def read_csv(file):
-    """{path: [captions]} of a file with the header image,caption; paths are relative to it."""
+def read_captions(file):
+    """{path: [captions]} of one of MS-COCO's JSON files, or of a CSV file with the header
+    image,caption, whose paths are relative to it."""
     captions = defaultdict(list)
+    if file.suffix == ".json":
+        content = json.loads(file.read_bytes())
+        folder = file.parents[1] / file.stem.removeprefix("captions_")
+        paths = {image["id"]: folder / image["file_name"] for image in content["images"]}
+        for note in content["annotations"]:
+            captions[paths[note["image_id"]]].append(note["caption"])
+        return captions
     with open(file, newline="", encoding="utf-8-sig") as lines:
         for row in csv.DictReader(lines):
             if None in row:
@@ -811,13 +770,20 @@ def read_csv(file):
 
 def read_pairs(path):
     """{split: {path: [captions]}} of `train` and `val`; a tenth is held out for it if need be."""
+    older, file, val = [], path, {}
     try:
-        train, val = (read_csv(path), {}) if path.is_file() else read_coco(path)
-        val = val or {image: train.pop(image) for image in list(train)[::10]}
+        if path.is_dir():
+            *older, file = sorted(path.glob("annotations/captions_train20??.json"))
+            test = file.with_name(file.name.replace("train", "val"))
+            val = read_captions(test) if test.exists() else val
+        train = read_captions(file)
     except (ValueError, LookupError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is neither a folder with annotations/captions_train20xx.json nor "
                         "a CSV file in UTF-8 with the header image,caption "
                         f"({type(error).__name__}: {error})") from None
+    if older:  # the splits of different years overlap
+        print(f"{path} holds several years: taking {file.name}", file=sys.stderr)
+    val = val or {image: train.pop(image) for image in list(train)[::10]}
     return {"train": train, "val": val}
 
 
@@ -852,11 +818,10 @@ def decode(pairs, limit, size):
 
     for split, captions in pairs.items():
         items = list(captions.items())[:limit or None]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the GIL
-            bar = tqdm(pool.map(load, items), f"decoding {split}", len(items))
-            loaded = [both for both in bar if both]
-        if len(loaded) < max(1, 0.9 * len(items)):
-            raise UserError(f"{len(loaded)} of {len(items)} images can be used ({faults[:1]})")
+        with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
+            loaded = [*filter(None, tqdm(pool.map(load, items), f"decoding {split}", len(items)))]
+        if not loaded:
+            raise UserError(f"none of {len(items)} images can be used: {faults[:1]}")
         images, texts = zip(*loaded)
         texts = list(chain(*texts))
         if split == "train":
@@ -872,12 +837,9 @@ def photo_data(cfg):
     size = cfg.image_size or 64
     pairs = read_pairs(path)
     # The cache's name is a hash of all that decides what is in it: a stale one is never found.
-    facts = [__version__, size, cfg.limit, pairs]
-    for image in chain(*pairs.values()):
-        if os.path.exists(image):
-            status = os.stat(image)
-            facts += [status.st_size, status.st_mtime_ns]
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    dates = [os.path.getmtime(image) for image in chain(*pairs.values()) if os.path.exists(image)]
+    facts = repr((__version__, size, cfg.limit, pairs, dates))
+    key = hashlib.sha256(facts.encode()).hexdigest()
     cache = Path(cfg.cache).expanduser() / f"{path.stem}-{key}.pt"
     if RANK == 0 and not cache.exists():
         save_whole(decode(pairs, cfg.limit, size), cache)
@@ -898,7 +860,7 @@ def load_data(cfg):
     train = len(data.train.images)
     val = len(data.val.images)
     if train < cfg.batch or val < 5:
-        raise UserError(f"{train} training and {val} validation images are too few for --batch "
+        raise UserError(f"{train} training and {val} validation images are too few for a batch of "
                         f"{cfg.batch}, or to measure a gap (5)")
     if cfg.same_modality:
         data = data._replace(tasks=None)
@@ -938,7 +900,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"--device {name} cannot be used here; try --device cpu") from None
+        raise UserError(f"device {name} cannot be used here; try --device cpu") from None
     torch.set_flush_denormal(True)  # most of softmax is below 1e-38, where CPUs are slow
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -954,19 +916,10 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
-def prepare(model, cfg):
-    """(model, cgap_loss) as a training step calls them: compiled, over all processes."""
-    loss_of = cgap_loss
-    if cfg.compile:
-        model.compile()
-        loss_of = torch.compile(loss_of)
-    return nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model, loss_of
-
-
 # -- 11. Runs --------------------------------------------------------------------------------------
 # A folder with metrics.jsonl (a line for each evaluation), checkpoint.pt and figures. In memory a
-# run is a dict, as in the checkpoint: version, cfg, vocab, history, snapshots {step: (2, 256, dim)
-# embeddings of images and texts}, the states of model and optimizer, and when it began.
+# run is a dict: cfg, vocab, history, snapshots {step: (2, 256, dim) embeddings of images and texts};
+# in the checkpoint with the states of model and optimizer.
 def save_whole(content, path):
     """torch.save, with a whole file under that name at every instant."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -982,10 +935,10 @@ def save_whole(content, path):
 def save_run(run, model, optimizer):
     """Write metrics.jsonl and checkpoint.pt."""
     folder = Path(run["cfg"].out)
-    lines = [json.dumps(record) + "\n" for record in run["history"]]
-    Path(folder, "metrics.jsonl").write_text("".join(lines))
-    run |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    save_whole(run | {"cfg": asdict(run["cfg"])}, folder / "checkpoint.pt")
+    lines = "".join(json.dumps(record) + "\n" for record in run["history"])
+    (folder / "metrics.jsonl").write_text(lines)
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save_whole(run | states | {"cfg": asdict(run["cfg"])}, folder / "checkpoint.pt")
 
 
 def load_run(folder):
@@ -993,7 +946,6 @@ def load_run(folder):
     path = Path(folder, "checkpoint.pt")
     try:
         run = torch.load(path, weights_only=True, map_location="cpu")
-        assert run["version"] == __version__
         return run | {"cfg": Config(**run["cfg"] | {"out": folder})}
     except Exception as error:  # whatever a missing, broken or foreign file may raise
         raise UserError(f"{path} is not a checkpoint of cgap {__version__}, or is broken "
@@ -1008,46 +960,36 @@ def open_run(cfg, data, model, optimizer, resume):
             raise UserError(f"{cfg.out} was trained on other words than {cfg.data} has now")
         model.load_state_dict(run["model"])
         optimizer.load_state_dict(run["optimizer"])
-        return run | {"cfg": cfg, "began": time.perf_counter() - run["history"][-1]["seconds"]}
+        return run | {"cfg": cfg}
     if RANK == 0:
         try:
             Path(cfg.out).mkdir(parents=True)
         except FileExistsError:
             raise UserError(f"--out {cfg.out} exists: name another, or --resume it") from None
-    return {"version": __version__, "cfg": cfg, "vocab": data.vocab, "history": [],
-            "snapshots": {}, "began": time.perf_counter()}
+    return {"cfg": cfg, "vocab": data.vocab, "history": [], "snapshots": {}}
 
 
 # -- 12. The command line --------------------------------------------------------------------------
-def option(name):
-    """The flag of a setting."""
-    return "--" + name.replace("_", "-")
-
-
 def check(cfg):
-    """Raise UserError for a setting that cannot work, or does nothing."""
+    """Raise UserError for a setting that cannot work."""
     least = {"temperature": 0.01, "dim": 2, "steps": 1, "batch": 2, "eval_every": 1}
     for name, value in vars(cfg).items():
         low = least.get(name, 0)
         high = 1 if name in ("mismatch", "single") else 1e9
         if not isinstance(value, str) and not low <= value <= high:  # nan is not
-            raise UserError(f"{option(name)} must be from {low} to {high:g}, not {value}")
-    idle = "cache" if cfg.data == "synthetic" else "single"
-    if getattr(cfg, idle) != getattr(Config, idle):
-        raise UserError(f"{option(idle)} does nothing with these data: leave it out")
-    if cfg.init_gap not in ("keep", "remove"):
-        raise UserError(f"--init-gap is `keep` or `remove`, not `{cfg.init_gap}`")
+            raise UserError(f"{name} must be from {low} to {high:g}, not {value}")
     if cfg.batch % WORLD_SIZE:
-        raise UserError(f"--batch {cfg.batch} cannot be split over {WORLD_SIZE} processes")
+        raise UserError(f"a batch of {cfg.batch} cannot be split over {WORLD_SIZE} processes")
 
 
 def print_table(cfg, history):
     """Print each metric at the start and at the end of a run, beside its ideal."""
+    ideal = ideals(cfg.dim)
     print(f"\n{cfg.name()}, T = {cfg.temperature:g}, {cfg.steps} steps, seed {cfg.seed}\n"
           f"{'start':>34}{'end':>10}{'ideal':>10}")
     for name, end in history[-1].items():
-        ideal = f"{ideals(cfg.dim)[name]:10.3f}" if name in ideals(cfg.dim) else ""
-        print(f"{name:24}{history[0][name]:10.3f}{end:10.3f}{ideal}")
+        best = f"{ideal[name]:10.3f}" if name in ideal else ""
+        print(f"{name:24}{history[0][name]:10.3f}{end:10.3f}{best}")
 
 
 def points(out="runs/points", **settings):
@@ -1061,24 +1003,39 @@ def points(out="runs/points", **settings):
                                  ("CUA", 0, 1), ("CUA with an offset", 1, 1)):
         histories[name] = smallest_gap(offset, unif=weight, align=weight, **settings)
         print(f"{name:22}", *(f"{histories[name][-1][m]:{len(m)}.3f}" for m in shown))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    dims = {settings.get("dim", Config.dim)}
-    plot_histories(histories, shown, dims, Path(out, "points.png"), "symlog")
-    print(Path(out, "points.png"))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    dim = settings.get("dim", Config.dim)
+    plot_histories(histories, shown, dim, out / "points.png", "symlog")
+    print(out / "points.png")
 
 
-def plot(folders, out):
-    """All figures of one run or several."""
-    runs = [load_run(folder) for folder in folders]
-    Path(out).mkdir(parents=True, exist_ok=True)
-    plot_gap(runs, Path(out, "gap.png"))
-    plot_embeddings(runs, Path(out, "embeddings.png"))
-    animate(runs, Path(out, "gap.gif"))
-    print(f"{out}: gap.png, embeddings.png, gap.gif")
+def run_command(given):
+    """Do what the flags say: a dict of those that were given."""
+    useful = {"points": {"temperature", "dim", "seed", "steps", "mismatch", "out"},
+              "plot": {"out"}, "resume": {"device"}}
+    for mode in useful.keys() & given:
+        for name in given.keys() - useful[mode] - {mode}:
+            raise UserError(f"--{name} does nothing with --{mode}: leave it out")
+    if given.pop("points", False):
+        check(Config(**given))
+        return points(**given)
+    if "plot" in given:
+        return plot(given["plot"], given.get("out", "runs/plot"))
+    folder = given.pop("resume", None)
+    cfg = replace(load_run(folder)["cfg"], **given) if folder else Config(**given)
+    try:
+        history = train(cfg, resume=bool(folder))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: if training had begun, --resume {cfg.out} goes on", file=sys.stderr)
+        sys.exit(130)
+    if RANK == 0:
+        print_table(cfg, history)
+        plot([cfg.out], cfg.out)
 
 
-def parse(argv):
-    """The flags that were given, as a dict."""
+def main(argv=None):
+    """Run the command line."""
     parser = argparse.ArgumentParser("cgap.py", argparse.SUPPRESS, __doc__.split("\n")[0],
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--points", action="store_true", help="the smallest gap: no encoders")
@@ -1088,45 +1045,12 @@ def parse(argv):
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
         text = f"{dict(comments).get(f.name)} (default: {f.default})".replace("%", "%%")
-        parser.add_argument(option(f.name), help=text, **kind)
-    return vars(parser.parse_args(argv))
-
-
-def run_command(given):
-    """Do what the flags say."""
-    useful = {"points": {"temperature", "dim", "seed", "steps", "mismatch", "out"},
-              "plot": {"out"}, "resume": {"device"}}
-    mode = next((name for name in useful if name in given), None)
-    for name in given.keys() - useful.get(mode, given.keys()) - {mode}:
-        raise UserError(f"{option(name)} does nothing with {option(mode)}: leave it out")
-    what = given.pop(mode, None)
-    if mode == "points":
-        check(Config(**given))
-        return points(**given)
-    if mode == "plot":
-        return plot(what, given.get("out", what[0] if len(what) == 1 else "runs/plot"))
-    cfg = replace(load_run(what)["cfg"], **given) if mode else Config(**given)
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     try:
-        history = train(cfg, resume=mode == "resume")
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"if training had begun, go on with --resume {cfg.out}") from None
-    if RANK == 0:
-        print_table(cfg, history)
-        plot([cfg.out], cfg.out)
-
-
-def main(argv=None):
-    """Run the command line; returns the exit status."""
-    try:
-        run_command(parse(argv))
-    except KeyboardInterrupt as stop:
-        print("interrupted:", stop, file=sys.stderr)
-        return 130
+        run_command(vars(parser.parse_args(argv)))
     except (UserError, OSError) as error:
-        print("cgap.py: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+        parser.error(" ".join(str(error).split()))  # in one line, and exits with 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
