@@ -2,9 +2,9 @@
 """The contrastive gap in one file: make it, measure it, find its cause, close it.
 
 CLIP maps a picture and its caption to nearby points of one sphere. Yet pictures end up in one
-region of it and captions in another. "It's Not a Modality Gap: Characterizing and Addressing the
-Contrastive Gap" (Fahim, Murphy, Fyshe, arXiv 2405.18570) shows that the contrastive loss itself
-makes this gap, and that two more terms, uniformity and alignment, close it. See it on a laptop:
+region of it and captions in another. "It's Not a Modality Gap" (Fahim, Murphy, Fyshe, arXiv
+2405.18570) shows that the contrastive loss itself makes this gap, and that two more terms,
+uniformity and alignment, close it:
 
     python cgap.py --points                  # the smallest gap: no encoders, a few seconds
     python cgap.py                           # two encoders and the CLIP loss: a gap
@@ -37,8 +37,7 @@ __version__ = "3.0"
 
 # PART ONE: THE PAPER ==============================================================================
 # -- 1. The loss -----------------------------------------------------------------------------------
-# Copy this section into your own project: it needs nothing else.
-# x_i and y_i are the embeddings of picture i and of its caption, N pairs in a batch.
+# To copy into your own project; it needs nothing else. x_i, y_i: embeddings of pair i.
 #   clip    x_i should be more similar to its own y_i than to any other y_j, and the other way round
 #   unif    pictures should be far from other pictures, captions from other captions
 #   align   x_i and y_i should be close
@@ -56,8 +55,8 @@ def unit(z, center=False):
 
 def uniformity(x, y, t=2.0):
     """log mean_{i != j} exp(-t |x_i - y_j|^2) of unit vectors (N, D): a scalar, -4t to 0, lower the
-    farther apart they are. For one modality: uniformity(x, x). Pairs i = j are left out: their
-    distance is 0, or should be. Source: Wang & Isola, arXiv 2005.10242."""
+    farther apart they are. Pairs i = j are left out: their distance is 0, or should be. For one
+    modality: uniformity(x, x). Source: Wang & Isola, arXiv 2005.10242."""
     N = len(x)
     exponents = 2 * t * (x @ y.T - 1)  # (N, N); on the sphere |a - b|^2 = 2 - 2 a.b
     return exponents.fill_diagonal_(-math.inf).flatten().logsumexp(0) - math.log(N * (N - 1))
@@ -70,15 +69,12 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
     x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here.
     temperature: a number or, to learn it, a scalar tensor. center: subtract the batch's means first
     (section 3 says why); to use the encoders, subtract means over training pairs (`fold_means`).
-    Computes in float32 or better, also under autocast. With several processes, x and y must be
-    those of all, with gradients (`gather`): the log of a mean is not the mean of logs. Raises
-    ValueError for other shapes and for N < 2. Source: the paper's L_CUAXU.
-    """
+    With several processes, x and y must be those of all, with gradients (`gather`): the log of a
+    mean is not the mean of logs. Raises ValueError for other shapes. Source: paper's L_CUAXU."""
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
         raise ValueError(f"x and y must be (N, D), N > 1, not {(*x.shape,)} and {(*y.shape,)}")
     with torch.autocast(x.device.type, enabled=False):  # bfloat16: logits off by .2
-        x = unit(x, center)
-        y = unit(y, center)
+        x, y = unit(x, center), unit(y, center)
         logits = x @ y.T / temperature  # (N, N)
         matched = torch.arange(len(x), device=x.device)
         clip = (F.cross_entropy(logits, matched) + F.cross_entropy(logits.T, matched)) / 2
@@ -86,20 +82,17 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
             "clip": (1.0, clip),
             "unif": (unif, (uniformity(x, x) + uniformity(y, y)) / 2),
             "align": (align, (x - y).square().sum(1).mean()),
-            "xunif": (xunif, uniformity(x, y)),
-        }
+            "xunif": (xunif, uniformity(x, y))}
     total = sum(weight * value for weight, value in terms.values() if weight)
     return total, {name: value.detach() for name, (_, value) in terms.items()}
 
 
 # -- 2. Measuring the gap --------------------------------------------------------------------------
-# One number is not enough: two clouds can share a centre and be told apart; two that nobody can
-# tell apart can still sit in a corner, where pairs are close for free. Search from one modality in
-# the other does not feel an offset between them; search in both at once does (mixed_recall).
+# One number is not enough: clouds with one centre can be told apart; clouds that nobody can tell
+# apart can sit in a corner, where pairs are close for free.
 def fit_logistic(z, labels, C):
     """The w (D,) that minimises |w'|^2 / 2 + C sum_i log(1 + exp(-s_i z_i.w)), by Newton's method.
-    z: (N, D), the last column 1: the last weight is the bias, w' the others. labels: (N,), 0 or 1
-    for s = -1 or 1. C: as in scikit-learn, the larger the freer."""
+    z: (N, D), its last column 1, for the bias, which w' lacks. labels: 0 or 1 for s = -1 or 1."""
     ridge = torch.ones_like(z[0])
     ridge[-1] = 0
     w = torch.zeros_like(ridge)
@@ -112,9 +105,8 @@ def fit_logistic(z, labels, C):
 
 
 def linear_separability(x, y, C=1.0):
-    """Accuracy, 0 to 1, of a logistic regression that tells x from y, unit vectors (N, D): fit on
-    80 % of the pairs, tested on the others. 1 is a complete gap, 0.5 is none. The authors use C = 1,
-    whose penalty keeps w small and misses tiny gaps; 100 finds them."""
+    """Accuracy of a logistic regression that tells x from y, unit vectors (N, D), on a fifth of the
+    pairs, held out. 1 is a complete gap, 0.5 none. The authors' C = 1 misses tiny gaps."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     z = F.pad(torch.stack([x, y], 1)[order], (0, 1), value=1.0)  # (N, 2, D + 1)
     labels = torch.arange(2.0, dtype=z.dtype)
@@ -123,50 +115,38 @@ def linear_separability(x, y, C=1.0):
     return ((z[k:] @ w > 0) == labels).double().mean()
 
 
-def effective_rank(x):
-    """How many dimensions x (N, D) uses, 1 to D: exp of the entropy of the shares of variance on
-    the principal axes (after Roy & Vetterli 2007)."""
-    variances = torch.linalg.eigvalsh(torch.cov(x.T)).clamp(min=0)
-    return torch.special.entr(variances / variances.sum().clamp(min=1e-30)).sum().exp()
-
-
 @torch.no_grad()
 def gap_metrics(x, y):
-    """All measures of the gap between paired embeddings x, y (N, D), as a dict of floats; takes
-    about 30 N^2 bytes.
+    """All measures of the gap between paired embeddings x, y (N, D), as a dict of floats.
 
-    centroid_distance          |mean x - mean y|, 0 to 2
-    linear_separability        can a classifier tell x from y? 0.5 never, 1 always; _c100: C = 100
-    alignment                  mean |x_i - y_i|^2, 0 to 4: 2 - 2 * mean cosine of the pairs
-    uniformity_image, uniformity_text, cross_uniformity   -8 to 0, of 5,000 pairs at the most
-    effective_rank             of x, 1 to D
-    They are normalised here. Raises ValueError for other shapes, N < 5, D < 2, and a row that is
-    zero or not finite. Source: the paper; the first two as in the authors' code.
-    """
-    x = x.cpu().double()  # the CPU first: MPS has no float64
-    y = y.cpu().double()
+    centroid_distance     |mean x - mean y|, 0 to 2
+    linear_separability   can a classifier tell them apart? 0.5 never, 1 always; _c100: C = 100
+    alignment             mean |x_i - y_i|^2, 0 to 4; the pairs' mean cosine is 1 - alignment / 2
+    uniformity_image, uniformity_text, cross_uniformity   -8 to 0
+    effective_rank        dimensions that x uses, 1 to D: exp of the entropy of its variances
+    They are normalised here; about 30 N^2 bytes. Raises ValueError for other shapes, N < 5, D < 2,
+    a row that is zero or not finite. Source: the paper; the last, Roy & Vetterli 2007."""
+    x, y = x.cpu().double(), y.cpu().double()  # the CPU first: MPS has no float64
     if (x.shape != y.shape or x.ndim != 2 or len(x) < 5 or x.shape[1] < 2
             or not torch.cat([x, y]).norm(dim=1).log().isfinite().all()):
         raise ValueError("x and y must be (N, D), N > 4, D > 1, without a row that is zero or not "
                          f"finite, not {(*x.shape,)} and {(*y.shape,)}")
-    x = unit(x)
-    y = unit(y)
+    x, y = unit(x), unit(y)
+    variances = torch.linalg.eigvalsh(torch.cov(x.T)).clamp(min=0)  # on the principal axes
+    shares = variances / variances.sum().clamp(min=1e-30)
     metrics = {
         "centroid_distance": (x.mean(0) - y.mean(0)).norm(),
         "linear_separability": linear_separability(x, y),
         "linear_separability_c100": linear_separability(x, y, C=100.0),
         "alignment": (x - y).square().sum(1).mean(),
-        "uniformity_image": uniformity(x, x),
-        "uniformity_text": uniformity(y, y),
+        "uniformity_image": uniformity(x, x), "uniformity_text": uniformity(y, y),
         "cross_uniformity": uniformity(x, y),
-        "effective_rank": effective_rank(x),
-    }
+        "effective_rank": torch.special.entr(shares).sum().exp()}
     return {name: value.item() for name, value in metrics.items()}
 
 
 def ideals(dim):
-    """What gap_metrics are for perfect pairs, uniform on the sphere: of a sample of 5,000. The
-    uniformity of the distribution is log 0F1(; d/2; 4) - 4: -2.080 at d = 3, -3.938 at d = 128."""
+    """gap_metrics of 5,000 perfect pairs, uniform on the sphere (uniformity -3.94 at d = 128)."""
     x = torch.randn(5000, dim, generator=torch.Generator().manual_seed(0))
     return gap_metrics(x, x)
 
@@ -174,59 +154,51 @@ def ideals(dim):
 @torch.no_grad()
 def effective_temperature(x, y, temperature):
     """T / sqrt((1 - |mean x|^2) (1 - |mean y|^2)) of embeddings (N, D), normalised here: about the
-    temperature that softmax feels. Products with a mean are the same for all who compete, so only
-    the rest of the embeddings tells who belongs to whom. Its mean square is 1 - |mean|^2: normalise
-    it again, and its cosines are divided by this, not by T. A narrow space is a warm one."""
-    x = unit(x)
-    y = unit(y)
+    temperature that softmax feels. What tells pairs apart is what remains without the means, of
+    mean square 1 - |mean|^2. Normalise that again, and its cosines are divided by this, not T."""
+    x, y = unit(x), unit(y)
     rest = (1 - x.mean(0).square().sum()) * (1 - y.mean(0).square().sum())
     return float(temperature / rest.clamp(min=1e-12).sqrt())
 
 
 def recall(x, y, group):
-    """R@1, 0 to 1: how often the nearest y to x_i has x_i's group. x, y: unit vectors (N, D).
-    group: (N,) integers; equal captions share one."""
+    """R@1: is the nearest y to x_i of its group? Unit vectors (N, D); group: (N,) integers."""
     return (group[(x @ y.T).argmax(1)] == group).float().mean().item()
 
 
 @torch.no_grad()
 def mixed_recall(x, y, group=None):
-    """Search in one index of images and texts: how often the nearest item to x_i, and to y_i, is a
-    right partner of the other modality; two floats, 0 to 1. The item itself and those of its own
-    modality and group are left out. x, y: (N, D), normalised here; takes about 25 N^2 bytes.
-    group: (N,) integers; equal captions share one. After arXiv 2507.19054."""
+    """R@1 in one index of images and texts, where a gap is felt, as `recall` does not feel it: how
+    often the nearest to x_i, and to y_i, is a right partner of the other modality; two floats. Left
+    out are the item itself and its modality's of the same group. x, y: (N, D), normalised here;
+    about 25 N^2 bytes. group: (N,) integers, equal for equal captions. After arXiv 2507.19054."""
     both = torch.cat([unit(x), unit(y)])  # (2 N, D)
     group = torch.arange(len(x), device=x.device) if group is None else group
     same = group[:, None] == group
     cosines = (both @ both.T).masked_fill_(torch.block_diag(same, same), -math.inf)
-    group = group.repeat(2)
-    right = group[cosines.argmax(1)] == group
+    right = group.repeat(2)[cosines.argmax(1)] == group.repeat(2)
     return tuple(right.view(2, -1).float().mean(1).tolist())
 
 
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # No encoders, only points that the loss may move as it likes. Left alone, they open no gap. Give
-# each side one vector that all its points share, as an encoder's biases are, and a complete gap
-# opens within a few steps, at any temperature. What decides is how fast the shared vectors move
-# against the points: at 1/64 of the points' learning rate hardly a gap opens.
-# Why two directions, not one common corner? Almost nothing ties the two vectors to each other: what
-# they add to the logits is nearly the same for all pairs, and softmax does not see a constant. What
-# little does tie them closes the gap again where T is high. At T = 0.01 it stays: that softmax is
-# too cold for pairs that do not fit, and shared vectors warm it (effective_temperature). So the
-# recipe is: subtract the means (`center`), and give the softmax the warmth that they were for.
+# each side one vector that all its points share, as an encoder's biases are, and within a few steps
+# a complete gap opens, at any temperature. What decides is how fast the shared vectors move against
+# the points: at 1/64 of the points' learning rate hardly any gap opens.
+# Why two directions, not one common corner? Almost nothing ties the two vectors together: what they
+# add to the logits is nearly the same for all pairs, and softmax does not see a constant. The
+# little that does tie them closes the gap again where T is high. At T = 0.01 it stays: that softmax
+# is too cold for pairs that do not fit, and shared vectors warm it (effective_temperature). The
+# recipe: subtract the means (`center`), and give the softmax their warmth.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, **weights):
-    """Train n pairs of free points and, at first 0, an offset that the points of a side share.
-
-    offset: its learning rate, as a multiple of the points'; 0 for none. Both sides start in the
-    same cone, so without a gap. temperature: a number, or a function of the step. mismatch: the
-    share of y that is permuted, anew at each step. weights: of the loss's terms. Returns a dict for
-    each measurement: `step`, `effective_temperature`, gap_metrics. (With dim = 2, on a circle,
-    clouds that start far apart cannot pass each other.)"""
+    """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
+    offset: its learning rate, as a multiple of the points'. temperature: a number or a function of
+    the step. mismatch: the share of y permuted, anew at each step. weights: of the loss's terms.
+    Returns a list of dicts: `step`, `effective_temperature`, gap_metrics."""
     torch.manual_seed(seed)
     cone = torch.randn(dim) / dim ** 0.5
-    points = cone + 0.3 / dim ** 0.5 * torch.randn(2, n, dim)
-    points.requires_grad_()
+    points = (cone + 0.3 / dim ** 0.5 * torch.randn(2, n, dim)).requires_grad_()
     offsets = torch.zeros(2, 1, dim, requires_grad=True)
     groups = [{"params": [points]}, {"params": [offsets], "lr": 0.01 * offset}]
     optimizer = torch.optim.Adam(groups, lr=0.01)
@@ -247,7 +219,7 @@ def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=6
 
 
 def mismatched(n, share):
-    """(n,): the partner of each: itself but for a random share, who get the next one's."""
+    """The partner of each of n: itself, but a random share get each other's."""
     partner = torch.arange(n)
     chosen = torch.randperm(n)[:int(share * n)]
     partner[chosen] = chosen.roll(1)
@@ -255,20 +227,17 @@ def mismatched(n, share):
 
 
 # -- 4. Two small encoders -------------------------------------------------------------------------
-# Neither looks at the rest of its batch (GroupNorm and LayerNorm, no BatchNorm), so the only place
-# where samples meet is the loss.
+# Neither has a BatchNorm: samples meet in the loss alone.
 CONTEXT = 32  # words in a caption; longer ones are cut
 
 
 class ImageEncoder(nn.Module):
     """A convolutional network: uint8 images (B, 3, S, S) to embeddings (B, dim)."""
-
     def __init__(self, dim):
         super().__init__()
         layers = []
         for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
-            conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1)
-            layers += [conv, nn.GroupNorm(8, c_out), nn.GELU()]
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.GELU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, 128)
         self.projection = nn.Linear(128, dim)
 
@@ -278,7 +247,6 @@ class ImageEncoder(nn.Module):
 
 class TextEncoder(nn.Module):
     """A transformer: tokens (B, L), 0 for padding, L up to CONTEXT, to embeddings (B, dim)."""
-
     def __init__(self, dim, vocab):
         super().__init__()
         self.token = nn.Embedding(vocab, 128)
@@ -297,9 +265,7 @@ class TextEncoder(nn.Module):
 
 
 class TwoEncoders(nn.Module):
-    """One encoder for images, one for texts of `vocab` words (or, `same_modality`, for the same
-    images), and a temperature."""
-
+    """Encoders for images and texts (or, `same_modality`, images again), and a temperature."""
     def __init__(self, cfg, vocab):
         super().__init__()
         self.image = ImageEncoder(cfg.dim)
@@ -321,22 +287,12 @@ def encode(encoder, inputs):
     return torch.cat(parts)
 
 
-def embed(encoder, inputs):
-    """The same as unit vectors."""
-    return unit(encode(encoder, inputs))
-
-
 @torch.no_grad()
 def remove_initial_gap(model, images, texts):
-    """Lay the second encoder's cloud onto the first's, in place: the paper's idealised start. Its
-    projection changes so that its embeddings y get the mean and the spread of x, turned by the
-    orthogonal R that minimises |(y - mean y) R - (x - mean x)| (Procrustes)."""
-    x = encode(model.image, images)
-    y = encode(model.text, texts)
-    mean_x = x.mean(0)
-    mean_y = y.mean(0)
-    x -= mean_x
-    y -= mean_y
+    """Move the second cloud y onto x, in place: mean, spread, direction (orthogonal Procrustes)."""
+    x, y = encode(model.image, images), encode(model.text, texts)
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = x - mean_x, y - mean_y
     u, _, vt = torch.linalg.svd(y.T @ x)
     turn = (u @ vt).T * x.norm() / y.norm()
     last = model.text.projection  # W h + b becomes turn (W h + b - mean_y) + mean_x
@@ -345,19 +301,17 @@ def remove_initial_gap(model, images, texts):
 
 
 def fold_means(model, images, texts):
-    """Subtract the mean embedding over these pairs from each projection's bias, in place: ordinary
-    encoders with a mean of 0. A centred loss sees no difference: it subtracts biases, too."""
+    """Give both encoders a mean of 0 over these pairs, in place. A centred loss does not see it."""
     for encoder, inputs in ((model.image, images), (model.text, texts)):
         bias = encoder.projection.bias.data
         bias -= encode(encoder, inputs).mean(0).to(bias.device)
 
 
 # -- 5. Scenes -------------------------------------------------------------------------------------
-# One or two coloured shapes, and a caption that says exactly what is there: perfect pairs. Two
-# tasks show what the space is for: to name what was never seen, and to calculate.
+# One or two coloured shapes, and a caption that says exactly what is there: perfect pairs.
 @dataclass
 class Pairs:
-    """Images with K texts each: captions of L words, or the same image again."""
+    """Images with K texts each: captions, or the image again."""
     images: torch.Tensor  # (N, 3, S, S) uint8
     texts: torch.Tensor  # (N, K, L) int32, padded with 0, or (N, 1, 3, S, S) uint8
 
@@ -366,29 +320,26 @@ class Pairs:
         return self.images[i], self.texts[i, epoch % self.texts.shape[1]]
 
 
-# Pairs, Pairs, {word: number}, Tasks or None
-Data = namedtuple("Data", "train val vocab tasks")
-# Zero-shot: the prompt nearest to image i should be number labels[i]. Arithmetic: image query[q] of
-# the pool + text(new[q]) - text(old[q]) should be nearest to an i of which correct[q, i] is True.
+Data = namedtuple("Data", "train val vocab tasks")  # Pairs, Pairs, {word: number}, Tasks or None
+# Zero-shot: prompts[labels[i]] should be nearest to images[i]. Arithmetic: image pool[query[q]] +
+# text new[q] - text old[q] (words, then captions) should be nearest to a pool[i], correct[q, i].
 Tasks = namedtuple("Tasks", "images labels prompts pool query old new correct")
-
-
-def split_words(text):
-    """Lower case, words and single punctuation marks: "A dog's bowl." -> [a, dog, ', s, bowl, .]"""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
+WORD = re.compile(r"\w+|[^\w\s]")  # "a dog's bowl." -> a, dog, ', s, bowl, .
 
 
 def make_vocab(captions):
-    """{word: number} of the 10,000 most frequent words, after padding (0) and unknown (1)."""
-    counts = Counter(word for text in captions for word in split_words(text))
+    """{word: number} of the 10,000 most frequent words, after padding and unknown."""
+    counts = Counter(word for text in captions for word in WORD.findall(text.lower()))
     known = sorted(word for word, _ in counts.most_common(10_000))
     return {word: number for number, word in enumerate(["<pad>", "<unk>", *known])}
 
 
 def tokenize(captions, vocab):
-    """Token numbers (len(captions), L), int32, of the first CONTEXT words, padded with 0."""
-    rows = [[vocab.get(word, 1) for word in split_words(text)[:CONTEXT]] for text in captions]
-    rows = [torch.tensor(row, dtype=torch.int32) for row in rows]
+    """Tokens (len(captions), L), int32, of the first CONTEXT words, padded with 0."""
+    rows = []
+    for text in captions:
+        numbers = [vocab.get(word, 1) for word in WORD.findall(text.lower())[:CONTEXT]]
+        rows.append(torch.tensor(numbers, dtype=torch.int32))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
@@ -396,23 +347,20 @@ PALETTE = {"red": (.85, .10, .10), "green": (.10, .65, .15), "blue": (.15, .25, 
            "yellow": (.95, .90, .15), "purple": (.60, .15, .75), "cyan": (.15, .85, .90),
            "white": (1., 1., 1.), "black": (0., 0., 0.)}
 SHAPES = ["circle", "square", "triangle", "diamond", "cross", "ring"]
-RELATIONS = ["left of", "above"]  # two suffice: with "right of" one scene would have two captions
+RELATIONS = ["left of", "above"]  # with "right of", too, one scene would have two captions
 WORDS = [list(PALETTE), SHAPES, list(PALETTE), SHAPES, RELATIONS]  # of the columns of scenes
 OBJECTS = torch.cartesian_prod(torch.arange(len(PALETTE)), torch.arange(len(SHAPES)))  # (48, 2)
 UNSEEN = OBJECTS[:, 0] % len(SHAPES) == OBJECTS[:, 1]  # one for each colour: never in training
-# Where both objects are, (x, y), for one alone, side by side, one above the other; +- how much
+# Centres (x, y) of both objects: one alone, side by side, one above the other; and +- how much
 PLACES = torch.tensor([[[.5, .5], [.5, .5]], [[.25, .5], [.75, .5]], [[.5, .25], [.5, .75]]])
 JITTER = torch.tensor([[.2, .2], [.04, .15], [.15, .04]])
 
 
 def masks(u, v):
-    """What is inside each of the SHAPES, for u to the right and v down, -1 to 1 across it."""
-    a = u.abs()
-    b = v.abs()
-    return torch.stack([u * u + v * v < 1,
-                        torch.maximum(a, b) < .85,
-                        (v < .85) & (2 * a - v < 1),
-                        1.5 * a + b < 1.1,
+    """What is inside each of the SHAPES, for u to the right and v down, -1 to 1."""
+    a, b = u.abs(), v.abs()
+    return torch.stack([u * u + v * v < 1, torch.maximum(a, b) < .85,
+                        (v < .85) & (2 * a - v < 1), 1.5 * a + b < 1.1,
                         (torch.minimum(a, b) < .3) & (torch.maximum(a, b) < 1),
                         (u * u + v * v - .72).abs() < .28])
 
@@ -423,7 +371,7 @@ def describe(scenes):
     for scene in scenes.tolist():
         words = [names[k] for names, k in zip(WORDS, scene)]
         second = f" {words[4]} a {words[2]} {words[3]}" if scene[4] >= 0 else ""
-        captions.append(f"a {words[0]} {words[1]}" + second)
+        captions.append(f"a {words[0]} {words[1]}{second}")
     return captions
 
 
@@ -436,37 +384,30 @@ def random_scenes(n, single):
     return torch.cat([objects, relation], 1)
 
 
-def around(centre, jitter, *shape):
-    """Uniform between centre - jitter and centre + jitter."""
-    return centre + jitter * (2 * torch.rand(shape) - 1)
-
-
 def draw_scenes(scenes, size):
-    """Images (N, 3, size, size), uint8: jitter in place, size and colour, a grey behind, noise."""
+    """Images (N, 3, size, size), uint8, jittered in place, size and colour, with noise."""
     palette = torch.tensor(list(PALETTE.values()))
     axis = (torch.arange(size) + .5) / size
     images = []
     for part in scenes.split(256):  # small enough to stay in the processor's cache
         n = len(part)
         kind = part[:, 4] + 1  # 0 alone, 1 side by side, 2 one above the other
-        centre = around(PLACES[kind], JITTER[kind][:, None], n, 2, 2)[..., None]  # (n, 2, xy, 1)
-        radius = around(.2, .03, n, 2, 1)
-        image = around(.5, .15, n, 1, 1, 1)
+        centre = PLACES[kind] + JITTER[kind][:, None] * (2 * torch.rand(n, 2, 2) - 1)  # (n, 2, xy)
+        radius = .2 + .03 * (2 * torch.rand(n, 2, 1, 1) - 1)
+        image = .5 + .15 * (2 * torch.rand(n, 1, 1, 1) - 1)
         for k in (0, 1):
-            across, down = ((axis - centre[:, k]) / radius[:, k, None]).unbind(1)  # (n, size) each
+            across, down = ((axis - centre[:, k, :, None]) / radius[:, k]).unbind(1)  # (n, size)
             inside = masks(across[:, None], down[..., None])[part[:, 2 * k + 1], torch.arange(n)]
             inside &= (kind >= k)[:, None, None]  # (n, size, size)
             colour = palette[part[:, 2 * k]] + .08 * torch.randn(n, 3)
             image = torch.where(inside[:, None], colour[..., None, None], image)
-        image = image + .05 * torch.randn(image.shape)
-        images.append((image * 255).clamp(0, 255).byte())
+        noisy = image + .05 * torch.randn(image.shape)
+        images.append((noisy * 255).clamp(0, 255).byte())
     return torch.cat(images)
 
 
 def scene_tasks(size, vocab, n=200):
-    """Zero-shot: single objects in all combinations, prompts such as "a red circle". Arithmetic: n
-    scenes, each edited in each of its words; the 5 n edits are asked for among all of these, first
-    with words as old and new texts, then with captions."""
+    """Zero-shot: single objects. Arithmetic: n scenes, each edited in each word."""
     single = F.pad(OBJECTS, (0, 3), value=-1)
     labels = torch.arange(len(single)).repeat(20)
     images = draw_scenes(single[labels], size)
@@ -474,8 +415,7 @@ def scene_tasks(size, vocab, n=200):
     scenes = scenes[(scenes[:, :2] != scenes[:, 2:4]).all(1)][:n]  # a word then names one object
     query = torch.arange(len(scenes)).repeat(len(WORDS))
     edited = scenes[query]
-    old = []
-    new = []
+    old, new = [], []
     for k, (names, rows) in enumerate(zip(WORDS, edited.split(len(scenes)))):  # rows: views
         old += [names[i] for i in rows[:, k]]
         rows[:, k] = (rows[:, k] + torch.randint(1, len(names), (len(rows),))) % len(names)
@@ -488,7 +428,7 @@ def scene_tasks(size, vocab, n=200):
 
 
 def scene_data(cfg):
-    """20,000 training and 2,000 validation scenes with both tasks; a seed gives the same bytes."""
+    """20,000 training and 2,000 validation scenes, and both tasks."""
     torch.manual_seed(cfg.seed)
     size = cfg.image_size or 32
     n = min(20_000, cfg.limit or 20_000)
@@ -504,40 +444,40 @@ def scene_data(cfg):
 # -- 6. Settings -----------------------------------------------------------------------------------
 @dataclass
 class Config:
-    """All settings of a run; the command line's flags, with these comments for their help."""
-    unif: float = 0.0  # weight of uniformity; the paper's CUA is --unif 1 --align 1
+    """All settings of a run. They are flags of the command line, the comments their help."""
+    unif: float = 0.0  # weight of uniformity; CUA is --unif 1 --align 1
     align: float = 0.0  # weight of alignment
-    xunif: float = 0.0  # weight of cross-modal uniformity; CUAXU is all three at 1
+    xunif: float = 0.0  # weight of cross-modal uniformity; CUAXU is all three
     center: bool = False  # the loss sees embeddings without their batch's mean
-    temperature: float = 0.01  # T of the CLIP loss, where OpenAI's ended; its start, if learned
+    temperature: float = 0.01  # T of the CLIP loss; its start, if learned
     learn_temperature: bool = False  # learn T, at 0.01 or above
-    data: str = "synthetic"  # or an MS-COCO folder, or a CSV file with the header image,caption
-    limit: int = 0  # at most so many training, and validation, images; 0 for all
-    mismatch: float = 0.0  # share of the training images that get each other's captions
+    data: str = "synthetic"  # or an MS-COCO folder or a CSV file (header image,caption)
+    limit: int = 0  # so many training and validation images at most; 0: all
+    mismatch: float = 0.0  # share of training images with wrong captions
     single: float = 0.1  # share of scenes with a single object
-    image_size: int = 0  # side of the images; 0 for 32 (scenes) or 64 (photographs)
+    image_size: int = 0  # side of the images; 0: 32 (scenes) or 64 (photographs)
     cache: str = "~/.cache/cgap"  # folder for decoded photographs
     dim: int = 128  # dimension of the shared space
-    same_modality: bool = False  # a second image encoder replaces the one for texts
-    remove_gap: bool = False  # start without the gap between the untrained encoders
+    same_modality: bool = False  # a second image encoder instead of the one for texts
+    remove_gap: bool = False  # start without the untrained encoders' gap
     steps: int = 1500  # training steps
     batch: int = 64  # pairs in a batch, over all processes
     lr: float = 1e-3  # peak learning rate
-    weight_decay: float = 0.1  # AdamW's, on matrices
-    seed: int = 0  # seed of the scenes, the weights and the batches
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is a GPU if there is one
+    weight_decay: float = 0.1  # of matrices
+    seed: int = 0  # of scenes, weights and batches
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:N or mps
     compile: bool = False  # torch.compile the encoders and the loss
-    eval_every: int = 250  # steps between evaluations, of 5,000 pairs at most, with a checkpoint
-    out: str = ""  # folder of the run, which must not exist; else runs/<time>-<loss>-seed<seed>
+    eval_every: int = 250  # steps between evaluations (of 5,000 pairs at most) and checkpoints
+    out: str = ""  # new folder of the run; else runs/<time>-<loss>-seed<seed>
 
     def __post_init__(self):
         self.data = str(self.data)
-        name = f"{self.name()}-seed{self.seed}"
-        self.out = str(self.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{name}"))
+        now = time.strftime("%Y%m%d-%H%M%S")
+        self.out = str(self.out or f"runs/{now}-{self.name()}-seed{self.seed}")
 
     def weights(self):
-        """The weights of the loss's terms, {argument of cgap_loss: value}; of one you add, too."""
-        names = list(inspect.signature(cgap_loss).parameters)[3:-1]
+        """{argument of cgap_loss: weight} of its terms, also of one that you add."""
+        names = [*inspect.signature(cgap_loss).parameters][3:-1]
         return {name: getattr(self, name) for name in names}
 
     def name(self):
@@ -549,12 +489,11 @@ class Config:
 
 # -- 7. Training -----------------------------------------------------------------------------------
 def do_tasks(model, tasks):
-    """Accuracy, 0 to 1, in zero-shot (of all, of the unseen) and in arithmetic (with single words
-    for attributes or for relations, with captions): a dict of floats."""
-    scores = embed(model.image, tasks.images) @ embed(model.text, tasks.prompts).T
+    """Accuracies in zero-shot and in arithmetic (words for attributes, for relations; captions)."""
+    scores = unit(encode(model.image, tasks.images)) @ unit(encode(model.text, tasks.prompts)).T
     named = (scores.argmax(1) == tasks.labels).float()
-    pool = embed(model.image, tasks.pool)
-    edit = embed(model.text, tasks.new) - embed(model.text, tasks.old)
+    pool = unit(encode(model.image, tasks.pool))
+    edit = unit(encode(model.text, tasks.new)) - unit(encode(model.text, tasks.old))
     scores = (pool[tasks.query] + edit) @ pool.T
     scores.scatter_(1, tasks.query[:, None], -math.inf)  # the query itself is no answer
     found = tasks.correct.gather(1, scores.argmax(1, keepdim=True)).float()
@@ -566,17 +505,15 @@ def do_tasks(model, tasks):
 
 
 def evaluate(model, data, cfg):
-    """The loss on training pairs; the gap and retrieval on validation pairs; the tasks: a dict."""
+    """The loss on training pairs, the gap and retrieval on validation pairs, the tasks: a dict."""
     T = torch.exp(-model.log_scale).item()
     images, texts = data.train.batch(slice(cfg.batch))
     loss, terms = cgap_loss(encode(model.image, images), encode(model.text, texts), T,
                             **cfg.weights(), center=cfg.center)
     if not loss.isfinite():
-        raise UserError(f"the loss is not finite: lower --lr or raise --temperature; {cfg.out} "
-                        "keeps the last good weights")
+        raise UserError("the loss is not finite: lower --lr or raise --temperature")
     images, texts = data.val.batch(slice(5000))
-    x = embed(model.image, images)
-    y = embed(model.text, texts)
+    x, y = unit(encode(model.image, images)), unit(encode(model.text, texts))
     record = {"loss": loss.item()}
     for name in ("clip", *cfg.weights()):
         record[name] = terms[name].item()  # KeyError: a weight without its term
@@ -589,12 +526,10 @@ def evaluate(model, data, cfg):
 
 
 def batch_of(step, n, cfg):
-    """This process's rows of a step's batch, of n pairs, and the epoch, in which no pair comes
-    twice. Nothing is remembered, so that a run can go on from any step."""
+    """This process's rows of a step's batch, and the epoch: no state, so any step can be next."""
     epoch, k = divmod(step, n // cfg.batch)
     g = torch.Generator().manual_seed(1_000_003 * cfg.seed + epoch)
-    rows = torch.randperm(n, generator=g).split(cfg.batch)[k]
-    return rows[RANK::WORLD_SIZE], epoch
+    return torch.randperm(n, generator=g).split(cfg.batch)[k][RANK::WORLD_SIZE], epoch
 
 
 def make_optimizer(model, cfg):
@@ -611,7 +546,7 @@ def learning_rate(step, cfg):
 
 
 def track(run, step, model, optimizer, data, quiet):
-    """When due, take a snapshot for the figures; when due, evaluate and save a checkpoint."""
+    """At its interval, a snapshot for the figures; at its own, an evaluation and a checkpoint."""
     cfg = run["cfg"]
     is_last = step == cfg.steps
     evaluation = is_last or step % cfg.eval_every == 0
@@ -620,22 +555,23 @@ def track(run, step, model, optimizer, data, quiet):
         fold_means(model, *data.train.batch(slice(2048 if evaluation else 256)))
     if snapshot and RANK == 0:
         images, texts = data.val.batch(slice(256))
-        both = torch.stack([embed(model.image, images), embed(model.text, texts)])
+        both = torch.stack([unit(encode(model.image, images)), unit(encode(model.text, texts))])
         run["snapshots"][step] = both.half()  # (2, 256, dim)
     if evaluation and RANK == 0:
         record = {"step": step, **evaluate(model, data, cfg)}
         run["history"].append(record)
-        save_run(run, model, optimizer)
+        with open(Path(cfg.out, "metrics.jsonl"), "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in run["history"])
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_whole(run | states | {"cfg": asdict(cfg)}, Path(cfg.out, "checkpoint.pt"))
         if not quiet:
             tqdm.write("step {step:6}   loss {loss:7.3f}   separability {linear_separability:.3f}"
                        "   centroids {centroid_distance:.3f}   R@1 {i2t_r1:.3f}".format(**record))
 
 
 def train(cfg, resume=False, model=None, quiet=False):
-    """Train two encoders; returns the history, a dict for each evaluation: `step`, the loss and its
-    terms, every metric. resume: go on with the run in cfg.out. model: your own
-    TwoEncoders to start from. Raises UserError for what cannot work, and for a loss that is not
-    finite."""
+    """Train two encoders; returns the history, a dict of metrics for each evaluation. resume: go on
+    with the run in cfg.out. model: your own TwoEncoders. Raises UserError for what cannot work."""
     check(cfg)
     device = pick_device(cfg.device)
     data = load_data(cfg)
@@ -682,8 +618,7 @@ def canvas(n, columns):
 
 
 def plot_histories(histories, metrics, dim, path, xscale="linear"):
-    """A panel for each metric with a line for each of {name: history}, and a dotted one for the
-    ideal in so many dimensions."""
+    """A panel for each metric, a line for each of {name: history}, dotted the ideal."""
     figure, axes = canvas(len(metrics), min(4, len(metrics)))
     ideal = ideals(dim)
     for axis, metric in zip(axes, metrics):
@@ -699,8 +634,7 @@ def plot_histories(histories, metrics, dim, path, xscale="linear"):
 
 
 def draw_pairs(axis, run, number):
-    """The last of the first so many snapshots, in the plane of the origin and both means: the gap
-    across, in full, and what both sides have in common upward. Lines join a hundred pairs."""
+    """The last of the first `number` snapshots, in the plane of the origin and both means."""
     step, both = list(run["snapshots"].items())[:number][-1]
     both = both.float()  # (2, n, D)
     x, y = both.mean(1)
@@ -711,13 +645,12 @@ def draw_pairs(axis, run, number):
     for cloud, marker, label in zip(points, "o^", ("images", "texts")):
         axis.plot(*cloud.T, marker, markersize=3, label=label)
     axis.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xlabel="along the gap",
-             ylabel="what both have in common",
              title=f"{run['cfg'].name()}\nstep {step}: centroids {(y - x).norm():.2f} apart")
     axis.legend(loc="lower right")
 
 
 def animate(runs, path):
-    """Images and texts over all of training, the runs side by side: a GIF, its end as a PNG."""
+    """All of training, the runs side by side, as path.gif; its end as path.png."""
     from matplotlib.animation import FuncAnimation
     figure, axes = canvas(len(runs), len(runs))
 
@@ -725,21 +658,19 @@ def animate(runs, path):
         for axis, run in zip(axes, runs):
             draw_pairs(axis, run, k + 1)
 
-    FuncAnimation(figure, frame, 36).save(path, "pillow", dpi=80)  # it rests at the end
-    figure.savefig(path.with_suffix(".png"))
+    FuncAnimation(figure, frame, 36).save(f"{path}.gif", "pillow", dpi=80)  # it rests at the end
+    figure.savefig(f"{path}.png")
 
 
 def plot(folders, out):
-    """All figures of one run or several: gap.png with the gap, retrieval and the terms of the
-    loss (also one that you add), embeddings.gif and embeddings.png."""
+    """All figures of one run or several."""
     runs = [load_run(folder) for folder in folders]
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    os.makedirs(out, exist_ok=True)
     histories = {run["cfg"].out: run["history"] for run in runs}
     shown = ["linear_separability", "centroid_distance", "effective_rank", "i2t_r1",
              "mixed_i2t", "loss", "clip", *runs[-1]["cfg"].weights()]
-    plot_histories(histories, shown, runs[0]["cfg"].dim, out / "gap.png")
-    animate(runs, out / "embeddings.gif")
+    plot_histories(histories, shown, runs[0]["cfg"].dim, f"{out}/gap.png")
+    animate(runs, f"{out}/embeddings")
     print(f"{out}: gap.png, embeddings.gif, embeddings.png")
 
 
@@ -750,8 +681,7 @@ class UserError(Exception):
 
 
 def read_captions(file):
-    """{path: [captions]} of one of MS-COCO's JSON files, or of a CSV file with the header
-    image,caption, whose paths are relative to it."""
+    """{path: [captions]} of MS-COCO's JSON file, or of a CSV file, whose paths are relative."""
     captions = defaultdict(list)
     if file.suffix == ".json":
         content = json.loads(file.read_bytes())
@@ -759,17 +689,17 @@ def read_captions(file):
         paths = {image["id"]: folder / image["file_name"] for image in content["images"]}
         for note in content["annotations"]:
             captions[paths[note["image_id"]]].append(note["caption"])
-        return captions
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        for row in csv.DictReader(lines):
-            if None in row:
-                raise ValueError(f"more than two fields: {row}")
-            captions[file.parent / row["image"]].append(row["caption"])
+    else:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            for row in csv.DictReader(lines):
+                if None in row:
+                    raise ValueError(f"more than two fields: {row}")
+                captions[file.parent / row["image"]].append(row["caption"])
     return captions
 
 
 def read_pairs(path):
-    """{split: {path: [captions]}} of `train` and `val`; a tenth is held out for it if need be."""
+    """{split: {path: [captions]}} of `train` and `val`; if need be, a tenth is held out."""
     older, file, val = [], path, {}
     try:
         if path.is_dir():
@@ -778,9 +708,8 @@ def read_pairs(path):
             val = read_captions(test) if test.exists() else val
         train = read_captions(file)
     except (ValueError, LookupError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} is neither a folder with annotations/captions_train20xx.json nor "
-                        "a CSV file in UTF-8 with the header image,caption "
-                        f"({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: no annotations/captions_train20xx.json below it, nor a CSV file "
+                        f"with header image,caption ({type(error).__name__}: {error})") from None
     if older:  # the splits of different years overlap
         print(f"{path} holds several years: taking {file.name}", file=sys.stderr)
     val = val or {image: train.pop(image) for image in list(train)[::10]}
@@ -788,8 +717,7 @@ def read_pairs(path):
 
 
 def load_photo(path, size):
-    """The image as people see it (upright, white where transparent), scaled and centre-cropped:
-    (3, size, size) uint8."""
+    """The image, upright, white where transparent, scaled, cropped: (3, size, size) uint8."""
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
     with Image.open(path) as image:
@@ -801,33 +729,31 @@ def load_photo(path, size):
 
 
 def decode(pairs, limit, size):
-    """What the cache holds: (images, tokens) of each split, five captions an image, repeated if
-    there are fewer; the vocabulary; `faults`, what was left out and why."""
-    faults = []
-    content = {"faults": faults}
+    """For the cache: (images, tokens) of each split, with five captions an image; vocab; faults."""
+    content = {"faults": []}
 
     def load(item):
         path, captions = item
         texts = [text for text in captions if isinstance(text, str) and re.search(r"\w", text)]
         if len(texts) < len(captions):
-            faults.append(f"{path} (a caption without words)")
+            content["faults"].append(f"{path} (a caption without words)")
         try:
             return load_photo(path, size), [texts[k % len(texts)] for k in range(5)]
         except Exception as error:  # a broken file may raise anything
-            faults.append(f"{path} ({error})")
+            content["faults"].append(f"{path} ({error})")
 
     for split, captions in pairs.items():
         items = list(captions.items())[:limit or None]
         with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
             loaded = [*filter(None, tqdm(pool.map(load, items), f"decoding {split}", len(items)))]
         if not loaded:
-            raise UserError(f"none of {len(items)} images can be used: {faults[:1]}")
+            raise UserError(f"none of {len(items)} images can be used: {content['faults'][:1]}")
         images, texts = zip(*loaded)
         texts = list(chain(*texts))
         if split == "train":
             content["vocab"] = make_vocab(texts)
-        tokens = tokenize(texts, content["vocab"]).unflatten(0, (-1, 5))
-        content[split] = (torch.stack(images), tokens)
+        tokens = tokenize(texts, content["vocab"])  # (5 N, L)
+        content[split] = (torch.stack(images), tokens.unflatten(0, (-1, 5)))
     return content
 
 
@@ -836,7 +762,7 @@ def photo_data(cfg):
     path = Path(cfg.data).absolute()
     size = cfg.image_size or 64
     pairs = read_pairs(path)
-    # The cache's name is a hash of all that decides what is in it: a stale one is never found.
+    # Its name is a hash of all that decides what is in it: a stale cache is never found.
     dates = [os.path.getmtime(image) for image in chain(*pairs.values()) if os.path.exists(image)]
     facts = repr((__version__, size, cfg.limit, pairs, dates))
     key = hashlib.sha256(facts.encode()).hexdigest()
@@ -855,13 +781,11 @@ def photo_data(cfg):
 
 
 def load_data(cfg):
-    """The Data that cfg names. Raises UserError where it cannot be used."""
+    """The Data that cfg asks for. Raises UserError where they cannot be used."""
     data = scene_data(cfg) if cfg.data == "synthetic" else photo_data(cfg)
-    train = len(data.train.images)
-    val = len(data.val.images)
+    train, val = len(data.train.images), len(data.val.images)
     if train < cfg.batch or val < 5:
-        raise UserError(f"{train} training and {val} validation images are too few for a batch of "
-                        f"{cfg.batch}, or to measure a gap (5)")
+        raise UserError(f"too few images: {train} for a batch of {cfg.batch}, {val} to measure (5)")
     if cfg.same_modality:
         data = data._replace(tasks=None)
         for pairs in (data.train, data.val):
@@ -878,15 +802,13 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def gather(rows):
-    """The rows (n, D) of every process, (world * n, D), with gradients: the others' rows must not
-    be constants, or their part of the gradient is missing. All processes compute the same loss, so
-    each has its own rows' part; it is multiplied here, as DDP takes the mean over processes."""
+    """The rows (n, D) of all processes, (world * n, D), with the gradient of one's own."""
     if WORLD_SIZE == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(WORLD_SIZE)]
     torch.distributed.all_gather(parts, rows.detach())
     parts[RANK] = rows
-    rows.register_hook(lambda gradient: WORLD_SIZE * gradient)
+    rows.register_hook(lambda gradient: WORLD_SIZE * gradient)  # as DDP takes the mean
     return torch.cat(parts)
 
 
@@ -905,7 +827,7 @@ def pick_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        # A day: the others wait while the first decodes photographs, or evaluates.
+        # a day, as others wait while the first decodes photographs or evaluates
         torch.distributed.init_process_group(timeout=timedelta(days=1))
     return device
 
@@ -918,10 +840,9 @@ def autocast(device):
 
 # -- 11. Runs --------------------------------------------------------------------------------------
 # A folder with metrics.jsonl (a line for each evaluation), checkpoint.pt and figures. In memory a
-# run is a dict: cfg, vocab, history, snapshots {step: (2, 256, dim) embeddings of images and texts};
-# in the checkpoint with the states of model and optimizer.
+# dict: cfg, vocab, history, snapshots {step: (2, 256, dim) embeddings of images and texts}.
 def save_whole(content, path):
-    """torch.save, with a whole file under that name at every instant."""
+    """torch.save, but that name has a whole file at every instant."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(f"{path}.{os.getpid()}.tmp")
     try:
@@ -932,15 +853,6 @@ def save_whole(content, path):
         draft.unlink(missing_ok=True)
 
 
-def save_run(run, model, optimizer):
-    """Write metrics.jsonl and checkpoint.pt."""
-    folder = Path(run["cfg"].out)
-    lines = "".join(json.dumps(record) + "\n" for record in run["history"])
-    (folder / "metrics.jsonl").write_text(lines)
-    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    save_whole(run | states | {"cfg": asdict(run["cfg"])}, folder / "checkpoint.pt")
-
-
 def load_run(folder):
     """The run in a folder. Raises UserError if there is none."""
     path = Path(folder, "checkpoint.pt")
@@ -948,8 +860,7 @@ def load_run(folder):
         run = torch.load(path, weights_only=True, map_location="cpu")
         return run | {"cfg": Config(**run["cfg"] | {"out": folder})}
     except Exception as error:  # whatever a missing, broken or foreign file may raise
-        raise UserError(f"{path} is not a checkpoint of cgap {__version__}, or is broken "
-                        f"({type(error).__name__})") from None
+        raise UserError(f"{path} is no checkpoint of this cgap ({type(error).__name__})") from None
 
 
 def open_run(cfg, data, model, optimizer, resume):
@@ -962,10 +873,9 @@ def open_run(cfg, data, model, optimizer, resume):
         optimizer.load_state_dict(run["optimizer"])
         return run | {"cfg": cfg}
     if RANK == 0:
-        try:
-            Path(cfg.out).mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(f"--out {cfg.out} exists: name another, or --resume it") from None
+        if os.path.exists(cfg.out):
+            raise UserError(f"--out {cfg.out} exists: name another, or --resume it")
+        Path(cfg.out).mkdir(parents=True)  # fails if another run is first
     return {"cfg": cfg, "vocab": data.vocab, "history": [], "snapshots": {}}
 
 
@@ -982,16 +892,6 @@ def check(cfg):
         raise UserError(f"a batch of {cfg.batch} cannot be split over {WORLD_SIZE} processes")
 
 
-def print_table(cfg, history):
-    """Print each metric at the start and at the end of a run, beside its ideal."""
-    ideal = ideals(cfg.dim)
-    print(f"\n{cfg.name()}, T = {cfg.temperature:g}, {cfg.steps} steps, seed {cfg.seed}\n"
-          f"{'start':>34}{'end':>10}{'ideal':>10}")
-    for name, end in history[-1].items():
-        best = f"{ideal[name]:10.3f}" if name in ideal else ""
-        print(f"{name:24}{history[0][name]:10.3f}{end:10.3f}{best}")
-
-
 def points(out="runs/points", **settings):
     """Run the smallest gap, print how it ends and draw it."""
     torch.set_num_threads(1)  # so little work is not worth sharing
@@ -1003,11 +903,10 @@ def points(out="runs/points", **settings):
                                  ("CUA", 0, 1), ("CUA with an offset", 1, 1)):
         histories[name] = smallest_gap(offset, unif=weight, align=weight, **settings)
         print(f"{name:22}", *(f"{histories[name][-1][m]:{len(m)}.3f}" for m in shown))
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    os.makedirs(out, exist_ok=True)
     dim = settings.get("dim", Config.dim)
-    plot_histories(histories, shown, dim, out / "points.png", "symlog")
-    print(out / "points.png")
+    plot_histories(histories, shown, dim, f"{out}/points.png", "symlog")
+    print(f"{out}/points.png")
 
 
 def run_command(given):
@@ -1030,7 +929,12 @@ def run_command(given):
         print(f"\ninterrupted: if training had begun, --resume {cfg.out} goes on", file=sys.stderr)
         sys.exit(130)
     if RANK == 0:
-        print_table(cfg, history)
+        ideal = ideals(cfg.dim)
+        print(f"\n{cfg.name()}, T = {cfg.temperature:g}, seed {cfg.seed}")
+        print(f"{'start':>34}{'end':>10}{'ideal':>10}")
+        for name, end in history[-1].items():
+            best = f"{ideal[name]:10.3f}" if name in ideal else ""
+            print(f"{name:24}{history[0][name]:10.3f}{end:10.3f}{best}")
         plot([cfg.out], cfg.out)
 
 
