@@ -18,7 +18,6 @@ import csv
 import hashlib
 import inspect
 import json
-import math
 import os
 import re
 import sys
@@ -43,6 +42,7 @@ __version__ = "3.0"
 #   align   x_i and y_i should be close
 #   xunif   pictures should be far from the captions of others
 # The paper's losses are rows of weights: CLIP; CUA = CLIP + unif + align; CUAXU = CUA + xunif.
+import math
 import torch
 import torch.nn.functional as F
 

@@ -10,9 +10,7 @@ each claim, results.json and README.md (the gallery) beside this file. The claim
 claims.py; this is a client of cgap.train and cgap.smallest_gap, as a script of yours would be.
 """
 import argparse
-import ast
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -30,9 +28,7 @@ import torch
 from tqdm import tqdm
 
 import cgap
-from claims import BEST, CLAIMS, INTRO, NAMES
-
-FIRST_SEED = 6  # nothing was chosen by looking at seeds 6 and above
+from claims import BEST, CLAIMS, INTRO, NAMES, SEP
 
 
 # ---- one run ----
@@ -50,11 +46,6 @@ def make_model(kind, cfg, source):
         model.load_state_dict(weights, strict=False)
     if kind == "centred once":
         cgap.fold_means(model, *data.train.batch(slice(2048)))
-    frozen = {"no biases": "bias", "projection without bias": "projection.bias"}.get(kind, "-")
-    for name, p in model.named_parameters():
-        if name.endswith(frozen):
-            p.data.zero_()
-            p.requires_grad_(False)
     return model
 
 
@@ -78,18 +69,8 @@ def run(job):
 
 
 # ---- all of them ----
-def code(text):
-    """What of cgap.py decides the numbers of a run: all up to its figures, but for imports, comments
-    and docstrings."""
-    tree = ast.parse(text.split("\n# -- 8. Figures")[0])
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            node.body = node.body[1:]
-    tree.body = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
-    return ast.dump(tree)
-
-
-CODE = code((HERE.parent / "cgap.py").read_text(encoding="utf-8"))
+# What decides the numbers of a run: all of cgap.py up to its figures
+CODE = (HERE.parent / "cgap.py").read_text(encoding="utf-8").split("\n# -- 8. Figures")[0]
 
 
 def job_of(claim, label, seed, known):
@@ -106,11 +87,210 @@ def job_of(claim, label, seed, known):
     return known[folder]
 
 
-def run_all(jobs):
-    """Run those that are not finished, each on one core; those that start from others last."""
-    todo = [job for job in jobs.values() if not Path(job["folder"] + ".json").exists()]
+def measured(names):
+    """{claim: its results}. What has not been run is run, each on one core; what starts from others
+    last."""
+    jobs, rows = {}, {}
+    for name, claim in ((name, CLAIMS[name]) for name in names):
+        for label in claim.runs:
+            seeds = range(6, 11 if label in claim.five else 9)  # nothing was chosen by looking at these
+            rows[name, label] = [job_of(claim, label, seed, jobs)["folder"] for seed in seeds]
     Path("runs/reproduce").mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for later in (False, True):
-            now = [job for job in todo if bool(job["source"]) == later]
-            list(tqdm(pool.map(run, now), "runs", len(now)))
+            todo = [job for job in jobs.values() if bool(job["source"]) == later
+                    and not Path(job["folder"] + ".json").exists()]
+            list(tqdm(pool.map(run, todo), "runs", len(todo)))
+    if "losses" in names:
+        shown = [rows["losses", label][0] for label in ("CLIP, T = 0.01", "CUA, T = 0.01", "CUA centred, T = 0.07")]
+        cgap.animate([cgap.load_run(folder) for folder in shown], HERE / "embeddings")
+        draw_scenes(HERE / "scenes.png")
+    return {name: {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
+                   f"{torch.__version__}, one thread a run",
+        "runs": {label: [slim(json.loads(Path(folder + ".json").read_text()), CLAIMS[name]) for folder in rows[name, label]]
+                 for label in CLAIMS[name].runs}} for name in names}
+
+
+def slim(history, claim):
+    """Of a history what is drawn or printed."""
+    kept = history if claim.picture == "curves" else [history[0], history[-1]]
+    return [{name: round(record[name], 6) for name in ("step", "seconds", *claim.shown) if name in record} for record in kept]
+
+
+# ---- results: tables and verdicts ----
+def values(result, what, metric):
+    """A metric of a row for each seed; of "row, at the start" at its start; of a number, itself."""
+    if isinstance(what, float):
+        return torch.tensor([what])
+    label, start, _ = what.partition(", at the start")
+    return torch.tensor([history[0 if start else -1][metric] for history in result["runs"][label]])
+
+
+def mean_std(numbers):
+    return f"{numbers.mean():.3f}" + (f"±{numbers.std():.3f}" if len(numbers) > 1 else "")
+
+
+def verdict(result, metric, more, less):
+    """(text, verdict): is the metric of `more` above that of `less`, by more than the standard
+    deviation of the difference, paired by seed?"""
+    if str(less).endswith(BEST):
+        plain = [label for label in result["runs"] if label.startswith(less.removesuffix(BEST) + "CLIP, ")]
+        less = max(plain, key=lambda label: values(result, label, metric).mean())
+    a, b = values(result, more, metric), values(result, less, metric)
+    n = max(1, min(len(a), len(b)))
+    difference = (a[:n] if len(b) > 1 else a) - (b[:n] if len(a) > 1 else b)
+    word = "**does not hold**"
+    if difference.mean() > (difference.std() if len(difference) > 1 else 0):
+        word = "holds at every seed" if (difference > 0).all() else "holds on average"
+    return f"{NAMES[metric]} {more} > {less} ({mean_std(difference)})", word
+
+
+def markdown(heads, rows):
+    return "\n".join("|" + "|".join(row) + "|" for row in [["", *heads], ["---"] * (len(heads) + 1), *rows])
+
+
+def table(claim, result):
+    """Mean±standard deviation of what the claim shows; each seed where separability differs."""
+    rows = []
+    for label, histories in result["runs"].items():
+        for row in [label + ", at the start"] * claim.starts + [label]:
+            apart = SEP in claim.shown and values(result, row, SEP).std() > 0.1
+            cells = [values(result, row, m) if m in histories[0][-1] else None for m in claim.shown]
+            rows.append([row, *("-" if z is None else ", ".join(f"{v:.2f}" for v in z) if apart else mean_std(z)
+                                for z in cells)])
+    return markdown([NAMES[m] for m in claim.shown], rows)
+
+
+def by_share(result):
+    """{share of wrong captions: labels}."""
+    shares = dict.fromkeys(label.split(", ")[0] for label in result["runs"])
+    return {share: [label for label in result["runs"] if label.startswith(share)] for share in shares}
+
+
+def law_table(result):
+    """For each share of wrong captions, the recipe and plain CLIP, each at its best T."""
+    def score(label):
+        return sum(values(result, label, m).mean() for m in ("i2t_r1", "t2i_r1"))
+
+    rows = []
+    for share, labels in by_share(result).items():
+        T_eff = values(result, f"{share}, CLIP, T = 0.01", "effective_temperature")
+        best = [max((label for label in labels if kind in label), key=score) for kind in ("CUA centred", ", CLIP")]
+        T = values(result, best[0], "temperature").mean()
+        rows.append([share, mean_std(T_eff), f"{T:g}", mean_std(T / T_eff), *(
+            mean_std(values(result, label, m)) for label in best for m in ("i2t_r1", "mixed_i2t")), best[1].split("CLIP, ")[1]])
+    return markdown(["T_eff of CLIP, T = 0.01", "recipe's best T", "factor", "R@1 i2t", "mixed i2t", "CLIP's best R@1 i2t",
+                     "mixed i2t", "at"], rows)
+
+
+# ---- pictures ----
+def draw(name, claim, result):
+    """A picture of a claim: curves over steps, lines over T, or a dot for each seed of each row."""
+    path = HERE / f"{name}.png"
+    if claim.picture == "curves":
+        mean = {label: [{k: sum(h[i][k] for h in histories) / len(histories) for k in ("step", *claim.shown)}
+                        for i in range(len(histories[0]))] for label, histories in result["runs"].items()}
+        return cgap.plot_histories(mean, claim.shown, 128, path, "symlog")
+    if claim.picture == "lines":
+        return draw_lines(claim, result, path)
+    figure, axes = cgap.canvas(len(claim.shown), 5)
+    figure.set_size_inches(14, (1 + 0.24 * len(result["runs"])) * -(-len(axes) // 5))
+    for k, (axis, metric) in enumerate(zip(axes, claim.shown)):
+        for row, (label, histories) in enumerate(result["runs"].items()):
+            if metric in histories[0][-1]:
+                numbers = values(result, label, metric)
+                axis.plot(numbers, [row] * len(numbers), "o", color="0.6", ms=4)
+                axis.plot([numbers.mean()] * 2, [row - 0.3, row + 0.3], color="black", linewidth=2)
+        axis.set(xlabel=NAMES[metric], yticks=range(len(result["runs"])), ylim=(len(result["runs"]) - 0.5, -0.5),
+                 yticklabels=result["runs"] if k % 5 == 0 else [])
+        axis.grid(axis="y", color="0.9")
+    figure.savefig(path)
+
+
+def draw_lines(claim, result, path):
+    """Each metric of the claim against T, a line for each share of wrong captions (dots: seeds); for
+    the law, the recipe beside plain CLIP, dotted where plain CLIP's T_eff ended."""
+    panels = [(metric, kind) for metric in claim.drawn for kind in ("CUA centred", ", CLIP")
+              if any(kind in label for label in result["runs"])]
+    figure, axes = cgap.canvas(len(panels), 4)
+    ticks = [.01, .02, .05, .1, .2, .3]
+    for axis, (metric, kind) in zip(axes, panels):
+        for k, (share, labels) in enumerate(by_share(result).items()):
+            shown = [label for label in labels if kind in label and "learned" not in label]
+            T = [values(result, label, "temperature").mean() for label in shown]
+            seeds = torch.stack([values(result, label, metric) for label in shown])
+            axis.plot(T, seeds.mean(1), color=f"C{k}", label=share)
+            axis.plot(T, seeds, "o", color=f"C{k}", ms=3)
+            T_eff = values(result, f"{share}, CLIP, T = 0.01", "effective_temperature").mean()
+            axis.axvline(T_eff, color=f"C{k}", linestyle=":")
+        axis.set(xscale="log", xlabel="T", ylabel=NAMES[metric], title=kind.strip(", "))
+        axis.set_xticks(ticks, [f"{T:g}" for T in ticks])
+        axis.minorticks_off()
+        if metric == "effective_temperature":
+            axis.set_yscale("log")
+            axis.set_yticks(ticks, [f"{T:g}" for T in ticks])
+            axis.plot(ticks[:5], ticks[:5], "--", color="0.5", label="T_eff = T: not narrow")
+        axis.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def draw_scenes(path):
+    """A contact sheet of validation scenes, larger than the encoders see them."""
+    data = cgap.load_data(cgap.Config(limit=200, image_size=96))
+    words = list(data.vocab)
+    figure, axes = cgap.canvas(10, 5)
+    figure.set_size_inches(11, 5)
+    for axis, image, tokens in zip(axes, *data.val.batch(slice(10))):
+        axis.axis("off")
+        axis.imshow(image.permute(1, 2, 0).numpy())
+        axis.set_title(textwrap.fill(" ".join(words[k] for k in tokens if k), 20), fontsize=9)
+    figure.savefig(path)
+
+
+# ---- the gallery ----
+def section(name, claim, result):
+    """The part of the gallery on a claim."""
+    lines = [f'<a id="{name}"></a>', f"## {claim.title}", "", f"![{name}]({name}.png)", "", claim.reading, ""]
+    if claim.published:
+        lines += [f"*Published:* {claim.published}", ""]
+    lines += [law_table(result) if name == "law" else table(claim, result), ""]
+    verdicts = {}
+    for text, word in (verdict(result, *check) for check in claim.checks):
+        verdicts.setdefault(word, []).append(text)
+    lines += [f"- {word}: {'; '.join(texts)}" for word, texts in verdicts.items()]
+    histories = [history for row in result["runs"].values() for history in row]
+    minutes = sum(history[-1]["seconds"] for history in histories) / 60
+    data = " --data pairs.csv" * (name == "real")
+    return "\n".join([*lines, "", f"`python figures/reproduce.py {name}{data}`: {len(histories)} runs, {minutes:.0f} core "
+                      f"minutes. {result['machine']}.", ""])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("claims", nargs="*", metavar="CLAIM", help=", ".join(CLAIMS))
+    parser.add_argument("--data", help="CSV file or COCO folder for the claim `real`; figures/clipart.py makes one")
+    parser.add_argument("--write", action="store_true", help="only draw and write the gallery again")
+    args = parser.parse_args()
+    if unknown := set(args.claims) - set(CLAIMS):
+        parser.error(f"no claim is called {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
+    names = args.claims or list(CLAIMS)
+    if "real" in names and not (args.data or args.write):
+        print("`real` is left out: name pictures with --data FILE; figures/clipart.py says how to get some")
+        names.remove("real")
+    for row in CLAIMS["real"].runs.values() if args.data else ():
+        row["data"] = str(Path(args.data).resolve())
+    path = HERE / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not args.write:
+        results |= measured(names)
+        path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    for name in set(names) & set(results):
+        draw(name, CLAIMS[name], results[name])
+    sections = [section(name, claim, results[name]) for name, claim in CLAIMS.items() if name in results]
+    (HERE / "README.md").write_text("\n".join([INTRO, *sections]), encoding="utf-8")
+    print(HERE / "README.md")
+
+
+if __name__ == "__main__":
+    main()
