@@ -25,9 +25,6 @@ SEP, SEP100, CENTROIDS, UNIF, T_EFF = ("linear_separability", "linear_separabili
                                        "uniformity_image", "effective_temperature")
 SEARCH = ("i2t_r1", "t2i_r1", "mixed_i2t", "mixed_t2i")
 TASKS = (*SEARCH, "zero_shot", "zero_shot_unseen", "arithmetic_attribute", "arithmetic_relation", "arithmetic_caption")
-NAMES = dict(zip((SEP, SEP100, CENTROIDS, UNIF, T_EFF, *TASKS, "alignment", "temperature", "clip"), (
-    "separability", "separability, C = 100", "centroids", "uniformity", "T_eff", "R@1 i2t", "R@1 t2i", "mixed i2t", "mixed t2i",
-    "zero-shot", "unseen", "attributes", "relations", "captions", "alignment", "T", "CLIP loss")))
 CUA = {"unif": 1.0, "align": 1.0}
 CENTRED = CUA | {"center": True}
 PLAIN, RECIPE = {"CLIP": {}}, {"CUA centred": CENTRED}

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import cgap
-from claims import BEST, CLAIMS, INTRO, NAMES, SEP
+from claims import BEST, CLAIMS, INTRO, SEP
 
 
 # ---- one run ----
@@ -108,14 +108,9 @@ def measured(names):
     return {name: {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
                    f"{torch.__version__}, one thread a run",
-        "runs": {label: [slim(json.loads(Path(folder + ".json").read_text()), CLAIMS[name]) for folder in rows[name, label]]
-                 for label in CLAIMS[name].runs}} for name in names}
-
-
-def slim(history, claim):
-    """Of a history what is drawn or printed."""
-    kept = history if claim.picture == "curves" else [history[0], history[-1]]
-    return [{name: round(record[name], 6) for name in ("step", "seconds", *claim.shown) if name in record} for record in kept]
+        "runs": {label: [history if CLAIMS[name].picture == "curves" else [history[0], history[-1]] for history in (
+            json.loads(Path(folder + ".json").read_text(), parse_float=lambda text: round(float(text), 6))
+            for folder in rows[name, label])] for label in CLAIMS[name].runs}} for name in names}
 
 
 # ---- results: tables and verdicts ----
@@ -125,6 +120,10 @@ def values(result, what, metric):
         return torch.tensor([what])
     label, start, _ = what.partition(", at the start")
     return torch.tensor([history[0 if start else -1][metric] for history in result["runs"][label]])
+
+
+def spelled(metric):
+    return {"i2t_r1": "R@1 i2t", "t2i_r1": "R@1 t2i", "effective_temperature": "T_eff"}.get(metric, metric.replace("_", " "))
 
 
 def mean_std(numbers):
@@ -143,7 +142,7 @@ def verdict(result, metric, more, less):
     word = "**does not hold**"
     if difference.mean() > (difference.std() if len(difference) > 1 else 0):
         word = "holds at every seed" if (difference > 0).all() else "holds on average"
-    return f"{NAMES[metric]} {more} > {less} ({mean_std(difference)})", word
+    return f"{spelled(metric)} {more} > {less} ({mean_std(difference)})", word
 
 
 def markdown(heads, rows):
@@ -159,7 +158,7 @@ def table(claim, result):
             cells = [values(result, row, m) if m in histories[0][-1] else None for m in claim.shown]
             rows.append([row, *("-" if z is None else ", ".join(f"{v:.2f}" for v in z) if apart else mean_std(z)
                                 for z in cells)])
-    return markdown([NAMES[m] for m in claim.shown], rows)
+    return markdown([*map(spelled, claim.shown)], rows)
 
 
 def by_share(result):
@@ -187,50 +186,42 @@ def law_table(result):
 # ---- pictures ----
 def draw(name, claim, result):
     """A picture of a claim: curves over steps, lines over T, or a dot for each seed of each row."""
-    path = HERE / f"{name}.png"
+    path, rows = HERE / f"{name}.png", result["runs"]
     if claim.picture == "curves":
-        mean = {label: [{k: sum(h[i][k] for h in histories) / len(histories) for k in ("step", *claim.shown)}
-                        for i in range(len(histories[0]))] for label, histories in result["runs"].items()}
-        return cgap.plot_histories(mean, claim.shown, 128, path, "symlog")
+        return cgap.plot_histories({label: row[0] for label, row in rows.items()}, claim.shown, 128, path, "symlog")
     if claim.picture == "lines":
         return draw_lines(claim, result, path)
     figure, axes = cgap.canvas(len(claim.shown), 5)
-    figure.set_size_inches(14, (1 + 0.24 * len(result["runs"])) * -(-len(axes) // 5))
+    figure.set_size_inches(14, (1 + 0.24 * len(rows)) * -(-len(axes) // 5))
     for k, (axis, metric) in enumerate(zip(axes, claim.shown)):
-        for row, (label, histories) in enumerate(result["runs"].items()):
-            if metric in histories[0][-1]:
+        for height, label in enumerate(rows):
+            if metric in rows[label][0][-1]:
                 numbers = values(result, label, metric)
-                axis.plot(numbers, [row] * len(numbers), "o", color="0.6", ms=4)
-                axis.plot([numbers.mean()] * 2, [row - 0.3, row + 0.3], color="black", linewidth=2)
-        axis.set(xlabel=NAMES[metric], yticks=range(len(result["runs"])), ylim=(len(result["runs"]) - 0.5, -0.5),
-                 yticklabels=result["runs"] if k % 5 == 0 else [])
+                axis.plot(numbers, [height] * len(numbers), "o", color="0.6", ms=4)
+                axis.plot(numbers.mean(), height, "|k", ms=12, mew=2)
+        axis.set(xlabel=spelled(metric), ylim=(len(rows) - 0.5, -0.5))
+        axis.set_yticks(range(len(rows)), rows if k % 5 == 0 else [""] * len(rows))
         axis.grid(axis="y", color="0.9")
     figure.savefig(path)
 
 
 def draw_lines(claim, result, path):
-    """Each metric of the claim against T, a line for each share of wrong captions (dots: seeds); for
-    the law, the recipe beside plain CLIP, dotted where plain CLIP's T_eff ended."""
-    panels = [(metric, kind) for metric in claim.drawn for kind in ("CUA centred", ", CLIP")
-              if any(kind in label for label in result["runs"])]
+    """Metrics against T for the recipe and plain CLIP: a line for each share of wrong captions, dots
+    for seeds, dotted where plain CLIP's T_eff ended."""
+    panels = [(metric, kind) for metric in claim.drawn for kind in ("CUA centred", "CLIP") if kind in str(result["runs"].keys())]
     figure, axes = cgap.canvas(len(panels), 4)
     ticks = [.01, .02, .05, .1, .2, .3]
     for axis, (metric, kind) in zip(axes, panels):
         for k, (share, labels) in enumerate(by_share(result).items()):
-            shown = [label for label in labels if kind in label and "learned" not in label]
+            shown = [label for label in labels if f", {kind}, T =" in label]
             T = [values(result, label, "temperature").mean() for label in shown]
             seeds = torch.stack([values(result, label, metric) for label in shown])
             axis.plot(T, seeds.mean(1), color=f"C{k}", label=share)
             axis.plot(T, seeds, "o", color=f"C{k}", ms=3)
-            T_eff = values(result, f"{share}, CLIP, T = 0.01", "effective_temperature").mean()
-            axis.axvline(T_eff, color=f"C{k}", linestyle=":")
-        axis.set(xscale="log", xlabel="T", ylabel=NAMES[metric], title=kind.strip(", "))
-        axis.set_xticks(ticks, [f"{T:g}" for T in ticks])
+            axis.axvline(values(result, f"{share}, CLIP, T = 0.01", "effective_temperature").mean(), color=f"C{k}", linestyle=":")
+        axis.set(xscale="log", xlabel="T", ylabel=spelled(metric), title=kind)
+        axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
-        if metric == "effective_temperature":
-            axis.set_yscale("log")
-            axis.set_yticks(ticks, [f"{T:g}" for T in ticks])
-            axis.plot(ticks[:5], ticks[:5], "--", color="0.5", label="T_eff = T: not narrow")
         axis.legend(fontsize=8)
     figure.savefig(path)
 
@@ -268,13 +259,11 @@ def section(name, claim, result):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("claims", nargs="*", metavar="CLAIM", help=", ".join(CLAIMS))
+    parser.add_argument("claims", nargs="*", default="all", choices=["all", *CLAIMS])
     parser.add_argument("--data", help="CSV file or COCO folder for the claim `real`; figures/clipart.py makes one")
     parser.add_argument("--write", action="store_true", help="only draw and write the gallery again")
     args = parser.parse_args()
-    if unknown := set(args.claims) - set(CLAIMS):
-        parser.error(f"no claim is called {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
-    names = args.claims or list(CLAIMS)
+    names = list(CLAIMS) if "all" in args.claims else args.claims
     if "real" in names and not (args.data or args.write):
         print("`real` is left out: name pictures with --data FILE; figures/clipart.py says how to get some")
         names.remove("real")
