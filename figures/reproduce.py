@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import cgap
-from claims import BEST, CLAIMS, INTRO, SEP
+from claims import BEST, CLAIMS, INTRO, READINGS, SEP
 
 
 # ---- one run ----
@@ -242,7 +242,7 @@ def draw_scenes(path):
 # ---- the gallery ----
 def section(name, claim, result):
     """The part of the gallery on a claim."""
-    lines = [f'<a id="{name}"></a>', f"## {claim.title}", "", f"![{name}]({name}.png)", "", claim.reading, ""]
+    lines = [f'<a id="{name}"></a>', f"## {claim.title}", "", f"![{name}]({name}.png)", "", READINGS[name], ""]
     if claim.published:
         lines += [f"*Published:* {claim.published}", ""]
     lines += [law_table(result) if name == "law" else table(claim, result), ""]
