@@ -243,8 +243,6 @@ def draw_scenes(path):
 def section(name, claim, result):
     """The part of the gallery on a claim."""
     lines = [f'<a id="{name}"></a>', f"## {claim.title}", "", f"![{name}]({name}.png)", "", READINGS[name], ""]
-    if claim.published:
-        lines += [f"*Published:* {claim.published}", ""]
     lines += [law_table(result) if name == "law" else table(claim, result), ""]
     verdicts = {}
     for text, word in (verdict(result, *check) for check in claim.checks):
