@@ -183,13 +183,13 @@ def mixed_recall(x, y, group=None):
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # No encoders, only points that the loss may move as it likes. Left alone, they open no gap. Give
 # each side one vector that all its points share, as an encoder's biases are, and within a few steps
-# a complete gap opens, at any temperature. What decides is how fast the shared vectors move against
-# the points: at 1/64 of the points' learning rate hardly any gap opens.
-# Why two directions, not one common corner? Almost nothing ties the two vectors together: what they
-# add to the logits is nearly the same for all pairs, and softmax does not see a constant. The
-# little that does tie them closes the gap again where T is high. At T = 0.01 it stays: that softmax
-# is too cold for pairs that do not fit, and shared vectors warm it (effective_temperature). The
-# recipe: subtract the means (`center`), and give the softmax their warmth.
+# a complete gap opens, at any temperature (in 128 dimensions). What matters most is how fast these
+# vectors move against the points: at 1/64 of the points' learning rate hardly any gap opens.
+# Why two directions, not one common corner? Little ties the two vectors together: what they add to
+# the logits is largely the same for all pairs, and softmax does not see a constant. The little that
+# does tie them closes the gap again where T is high. At T = 0.01 it stays for thousands of steps;
+# while pairs do not fit, shared vectors warm that softmax (effective_temperature). The recipe:
+# subtract the means (`center`), and give the softmax their warmth.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
