@@ -106,8 +106,7 @@ def measured(names):
         cgap.animate([cgap.load_run(folder) for folder in shown], HERE / "embeddings")
         draw_scenes(HERE / "scenes.png")
     return {name: {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
-                   f"{torch.__version__}, one thread a run",
+        "machine": f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}, one thread a run",
         "runs": {label: [history if CLAIMS[name].picture == "curves" else [history[0], history[-1]] for history in (
             json.loads(Path(folder + ".json").read_text(), parse_float=lambda text: round(float(text), 6))
             for folder in rows[name, label])] for label in CLAIMS[name].runs}} for name in names}
@@ -127,7 +126,7 @@ def spelled(metric):
 
 
 def mean_std(numbers):
-    return f"{numbers.mean():.3f}" + (f"±{numbers.std():.3f}" if len(numbers) > 1 else "")
+    return f"{numbers.mean():.3f}±{numbers.std():.3f}"
 
 
 def verdict(result, metric, more, less):
@@ -137,10 +136,10 @@ def verdict(result, metric, more, less):
         plain = [label for label in result["runs"] if label.startswith(less.removesuffix(BEST) + "CLIP, ")]
         less = max(plain, key=lambda label: values(result, label, metric).mean())
     a, b = values(result, more, metric), values(result, less, metric)
-    n = max(1, min(len(a), len(b)))
-    difference = (a[:n] if len(b) > 1 else a) - (b[:n] if len(a) > 1 else b)
+    n = min(len(z) for z in (a, b) if len(z) > 1)
+    difference = a[:n] - b[:n]  # a number has one value for all seeds
     word = "**does not hold**"
-    if difference.mean() > (difference.std() if len(difference) > 1 else 0):
+    if difference.mean() > difference.std():
         word = "holds at every seed" if (difference > 0).all() else "holds on average"
     return f"{spelled(metric)} {more} > {less} ({mean_std(difference)})", word
 
@@ -198,7 +197,7 @@ def draw(name, claim, result):
             if metric in rows[label][0][-1]:
                 numbers = values(result, label, metric)
                 axis.plot(numbers, [height] * len(numbers), "o", color="0.6", ms=4)
-                axis.plot(numbers.mean(), height, "|k", ms=12, mew=2)
+                axis.plot(numbers.mean(), height, "|k", ms=12)
         axis.set(xlabel=spelled(metric), ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), rows if k % 5 == 0 else [""] * len(rows))
         axis.grid(axis="y", color="0.9")
@@ -265,13 +264,13 @@ def main():
     if "real" in names and not (args.data or args.write):
         print("`real` is left out: name pictures with --data FILE; figures/clipart.py says how to get some")
         names.remove("real")
-    for row in CLAIMS["real"].runs.values() if args.data else ():
-        row["data"] = str(Path(args.data).resolve())
+    for row in CLAIMS["real"].runs.values():
+        row["data"] = os.path.abspath(args.data or "")
     path = HERE / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = json.loads(path.read_text()) if path.exists() else {}
     if not args.write:
         results |= measured(names)
-        path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(results) + "\n")
     for name in set(names) & set(results):
         draw(name, CLAIMS[name], results[name])
     sections = [section(name, claim, results[name]) for name, claim in CLAIMS.items() if name in results]
