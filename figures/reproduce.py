@@ -264,8 +264,8 @@ def main():
     if "real" in names and not (args.data or args.write):
         print("`real` is left out: name pictures with --data FILE; figures/clipart.py says how to get some")
         names.remove("real")
-    for row in CLAIMS["real"].runs.values():
-        row["data"] = os.path.abspath(args.data or "")
+    for row in CLAIMS["real"].runs.values() if args.data else ():
+        row["data"] = os.path.abspath(args.data)
     path = HERE / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if not args.write:
