@@ -255,7 +255,7 @@ def section(name, claim, result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("claims", nargs="*", default="all", choices=["all", *CLAIMS])
     parser.add_argument("--data", help="CSV file or COCO folder for the claim `real`; figures/clipart.py makes one")
     parser.add_argument("--write", action="store_true", help="only draw and write the gallery again")
