@@ -636,12 +636,12 @@ def plot_histories(histories, metrics, dim, path, xscale="linear"):
 def draw_pairs(axis, run, number):
     """The last of the first `number` snapshots, in the plane of the origin and both means."""
     step, both = list(run["snapshots"].items())[:number][-1]
-    both = both.float()  # (2, n, D)
-    x, y = both.mean(1)
+    x, y = both.float().mean(1)  # of (2, n, D)
     Q, R = torch.linalg.qr(torch.stack([y - x, y + x], 1))
-    points = (both @ (Q * R.diagonal().sign())).numpy()  # (2, n, 2)
+    points = both.float() @ (Q * R.diagonal().sign())  # (2, n, 2)
+    ends = F.pad(points[:, :100], (0, 0, 0, 0, 0, 1), value=math.nan)  # nan ends a line
     axis.clear()
-    axis.plot(*points[:, :100].T.swapaxes(1, 2), color="0.8", linewidth=0.5)
+    axis.plot(*ends.transpose(0, 1).flatten(0, 1).T, color="0.8", linewidth=0.5)
     for cloud, marker, label in zip(points, "o^", ("images", "texts")):
         axis.plot(*cloud.T, marker, markersize=3, label=label)
     axis.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xlabel="along the gap",
