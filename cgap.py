@@ -546,7 +546,7 @@ def learning_rate(step, cfg):
 
 
 def track(run, step, model, optimizer, data, quiet):
-    """At its interval, a snapshot for the figures; at its own, an evaluation and a checkpoint."""
+    """Take a snapshot for the figures and, less often, evaluate and save a checkpoint."""
     cfg = run["cfg"]
     is_last = step == cfg.steps
     evaluation = is_last or step % cfg.eval_every == 0
@@ -762,7 +762,7 @@ def photo_data(cfg):
     path = Path(cfg.data).absolute()
     size = cfg.image_size or 64
     pairs = read_pairs(path)
-    # Its name is a hash of all that decides what is in it: a stale cache is never found.
+    # The cache's name is a hash of all that decides what is in it: a stale one is never found.
     dates = [os.path.getmtime(image) for image in chain(*pairs.values()) if os.path.exists(image)]
     facts = repr((__version__, size, cfg.limit, pairs, dates))
     key = hashlib.sha256(facts.encode()).hexdigest()
