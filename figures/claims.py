@@ -27,7 +27,7 @@ CUA = {"unif": 1.0, "align": 1.0}
 CENTRED = CUA | {"center": True}
 PLAIN, RECIPE = {"CLIP": {}}, {"CUA centred": CENTRED}
 FOUR = PLAIN | {"CUA": CUA, "CLIP centred": {"center": True}} | RECIPE
-SHORT = {"steps": 400}
+SHORT={"steps": 400}
 LEARNED = {"temperature": 0.07, "learn_temperature": True}
 REAL = {"data": "real", "image_size": 32, "steps": 1200}
 WRONG = {f"{share} % wrong, ": {"mismatch": share / 100} for share in (0, 10, 20, 50)}
@@ -36,16 +36,16 @@ LONG = {"20 % wrong, 1500 steps, ": {"mismatch": 0.2, "steps": 1500}}
 LITTLE = {"2000 images, ": {"limit": 2000}}
 TUNED = {f"{kind} projections, ": {"steps": 400, "lr": 3e-4, "single": 0.0, "limit": 8000, "source": "pretrained", "model": kind}
          for kind in ("kept", "fresh")}
-BEST = "best CLIP"  # in a check: of the rows with plain CLIP, that with the highest mean
+BEST="best CLIP"  # in a check: of the rows with plain CLIP, that with the highest mean
 
 
 def grid(losses, *temperatures, over={"": {}}, **settings):
-    """{"where, loss, T = ...": settings} for each of `over`, loss and temperature, 0 for a learned one."""
+    """{"where, loss, T=...": settings} for each of `over`, loss and temperature, 0 for a learned one."""
     rows = {}
     for where, extra in over.items():
         for loss, weights in losses.items():
             for T in temperatures:
-                label = where + loss + (f", T = {T:g}" if T else ", T learned")
+                label = where + loss + (f", T={T:g}" if T else ", T learned")
                 rows[label] = weights | ({"temperature": T} if T else LEARNED) | settings | extra
     return rows
 
@@ -53,7 +53,7 @@ def grid(losses, *temperatures, over={"": {}}, **settings):
 def from_zero(**settings):
     """CLIP cold and warm, CUA, and CLIP centred, from a gap of zero."""
     return {label: row for label, row in grid(FOUR, 0.01, 0.07, remove_gap=True, **settings).items()
-            if label in ("CLIP, T = 0.01", "CLIP, T = 0.07", "CUA, T = 0.01", "CLIP centred, T = 0.01")}
+            if label in ("CLIP, T=0.01", "CLIP, T=0.07", "CUA, T=0.01", "CLIP centred, T=0.01")}
 
 
 def checks(metrics, row, *others):
@@ -67,10 +67,10 @@ CLAIMS = {
         "Four losses, cold and warm: what closes the gap, and what that is good for",
         grid(FOUR, 0.01, 0.07) | grid(PLAIN, 0) | grid({"CUAXU": CUA | {"xunif": 1.0}}, 0.01)
         | grid({"CUA centred once": CUA | {"model": "centred once"}}, 0.07)
-        | {f"CLIP, T = {T}, means subtracted": {"temperature": T, "steps": 1, "lr": 0.0, "model": "centred once",
-                                                "source": f"CLIP, T = {T}"} for T in (0.01, 0.07)},
-        checks([SEP, UNIF], "CLIP, T = 0.01", "CUA, T = 0.01") + checks(TASKS, "CUA, T = 0.01", "CLIP, T = 0.01")
-        + checks([SEP], 0.56, "CUA centred, T = 0.07") + checks(TASKS, "CUA centred, T = 0.07", BEST),
+        | {f"CLIP, T={T}, means subtracted": {"temperature": T, "steps": 1, "lr": 0.0, "model": "centred once",
+                                                "source": f"CLIP, T={T}"} for T in (0.01, 0.07)},
+        checks([SEP, UNIF], "CLIP, T=0.01", "CUA, T=0.01") + checks(TASKS, "CUA, T=0.01", "CLIP, T=0.01")
+        + checks([SEP], 0.56, "CUA centred, T=0.07") + checks(TASKS, "CUA centred, T=0.07", BEST),
         (SEP, SEP100, CENTROIDS, UNIF, "alignment", *TASKS, T_EFF), five=tuple(grid(PLAIN | RECIPE, 0.01, 0.07))),
     "law": Claim(
         "The gap tells the temperature to give",
@@ -82,53 +82,53 @@ CLAIMS = {
                      | grid(RECIPE, 0.01, 0.1, 0.2, over=HARD, **SHORT) | grid(PLAIN, 0.1, 0, over=LONG)
                      | grid(RECIPE, 0.1, over=LONG) | grid(PLAIN, 0.01, 0.1, 0, over=LITTLE, **SHORT)
                      | grid({"CUA": CUA} | RECIPE, 0.01, 0.1, over=LITTLE, **SHORT)).items())),
-        [check for where in (*HARD, *LONG, *LITTLE) for check in checks(TASKS[:6], where + "CUA centred, T = 0.1", where + BEST)],
+        [check for where in (*HARD, *LONG, *LITTLE) for check in checks(TASKS[:6], where + "CUA centred, T=0.1", where + BEST)],
         (SEP, *TASKS[:7], T_EFF)),
     "real": Claim(
         "Real pictures with human titles",
         grid(PLAIN, 0.01, 0.05, 0.1, 0.2, 0, **REAL) | grid({"CUA": CUA}, 0.1, 0, **REAL)
         | grid(RECIPE, 0.01, 0.05, 0.1, 0.2, 0, **REAL),
-        checks(SEARCH, "CUA centred, T = 0.1", BEST, "CUA, T = 0.1"), (SEP, SEP100, *SEARCH, T_EFF)),
+        checks(SEARCH, "CUA centred, T=0.1", BEST, "CUA, T=0.1"), (SEP, SEP100, *SEARCH, T_EFF)),
     "points": Claim(
         "Between free points no gap opens; with one shared vector a side it does, if that is fast",
         {"CLIP, no offset": {"offset": 0.0}, "CLIP, offset at 1/64 of the rate": {"offset": 1 / 64},
          "CLIP, offset at 1/8 of the rate": {"offset": 1 / 8}, "CLIP, offset": {},
          "CUA, no offset": CUA | {"offset": 0.0}, "CUA, offset": CUA,
-         **{f"CLIP, offset, T = {T}": {"temperature": T} for T in (.03, .07, .2)},
+         **{f"CLIP, offset, T={T}": {"temperature": T} for T in (.03, .07, .2)},
          **{f"CLIP, offset, d = {d}": {"dim": d} for d in (2, 3, 8, 32)},
          "T from 1 to .01": {"temperature": [1.0, 0.01, 300]}, "T from .07 to .01": {"temperature": [0.07, 0.01, 300]},
          "20 % wrong": {"mismatch": 0.2}, "20 % wrong, T from 1 to .01": {"mismatch": 0.2, "temperature": [1.0, 0.01, 300]}},
         checks([SEP], 0.62, "CLIP, no offset", "CUA, offset") + checks(
-            [SEP], "CLIP, offset", 0.98, "CLIP, offset at 1/64 of the rate", "CLIP, offset, T = 0.2", "T from 1 to .01")
+            [SEP], "CLIP, offset", 0.98, "CLIP, offset at 1/64 of the rate", "CLIP, offset, T=0.2", "T from 1 to .01")
         + checks([SEP], "20 % wrong, T from 1 to .01", "T from 1 to .01"),
-        (SEP, CENTROIDS, UNIF, T_EFF), points=True),
+        (SEP, SEP100, CENTROIDS, UNIF, T_EFF), points=True),
     "thermostat": Claim(
         "The gap is a thermostat: T_eff is what the pairs want, whatever T is", LAW, [],
         ("temperature", T_EFF, CENTROIDS, SEP), picture="lines", drawn=(T_EFF, CENTROIDS)),
     "same-modality": Claim(
         "The same images in both encoders, and no gap to begin with: the loss makes one",
         from_zero(**SHORT, same_modality=True),
-        checks([SEP, CENTROIDS], "CLIP, T = 0.01", "CLIP, T = 0.01, at the start")
-        + checks([SEP], "CLIP, T = 0.01", "CUA, T = 0.01", "CLIP centred, T = 0.01", "CLIP, T = 0.07"),
+        checks([SEP, CENTROIDS], "CLIP, T=0.01", "CLIP, T=0.01, at the start")
+        + checks([SEP], "CLIP, T=0.01", "CUA, T=0.01", "CLIP centred, T=0.01", "CLIP, T=0.07"),
         (SEP, CENTROIDS, UNIF, "alignment", "i2t_r1", "clip"),
         starts=True),
     "opening": Claim(
         "Images and texts without a gap at the start: it opens within the first steps", from_zero(steps=100, eval_every=4),
-        checks([SEP], "CLIP, T = 0.01", "CLIP, T = 0.01, at the start", "CLIP centred, T = 0.01", "CLIP, T = 0.07"),
+        checks([SEP], "CLIP, T=0.01", "CLIP, T=0.01, at the start", "CLIP centred, T=0.01", "CLIP, T=0.07"),
         (SEP, CENTROIDS, T_EFF, "alignment"), picture="curves", starts=True),
     "steps": Claim(
         "How many steps it takes",
         grid(RECIPE, 0.07, over={f"{n} steps, ": {"steps": n} for n in (200, 400, 800, 1500)})
         | grid(PLAIN, 0.07, 0, over={f"{n} steps, ": {"steps": n} for n in (400, 800, 1500)}),
         [check for a, b in ((400, 400), (800, 800), (400, 800))
-         for check in checks(["i2t_r1", "zero_shot"], f"{a} steps, CUA centred, T = 0.07", f"{b} steps, " + BEST)],
+         for check in checks(["i2t_r1", "zero_shot"], f"{a} steps, CUA centred, T=0.07", f"{b} steps, " + BEST)],
         (SEP, *TASKS[:6])),
     "zero-shot": Claim(
         "The authors' protocol in miniature: pretrain with a learned T, then fine-tune",
         {"pretrained": LEARNED | {"steps": 800, "single": 0.5}, **grid(PLAIN | RECIPE, 0.01, 0.07, over=TUNED),
          **grid({"CUA": CUA}, 0.01, over=TUNED)},
-        [check for kind in TUNED for row, T in (("CUA, T = 0.01", 0.01), ("CUA centred, T = 0.07", 0.07))
-         for check in checks(["zero_shot", "arithmetic_attribute", "mixed_i2t"], kind + row, f"{kind}CLIP, T = {T}")],
+        [check for kind in TUNED for row, T in (("CUA, T=0.01", 0.01), ("CUA centred, T=0.07", 0.07))
+         for check in checks(["zero_shot", "arithmetic_attribute", "mixed_i2t"], kind + row, f"{kind}CLIP, T={T}")],
         (SEP, UNIF, *TASKS)),
     "terms": Claim(
         "Which term does what",
@@ -136,16 +136,16 @@ CLAIMS = {
              0.01, **SHORT)
         | grid({"CLIP": {}, "unif alone, centred": {"center": True, "unif": 1.0}, "align alone, centred": {"center": True,
                 "align": 1.0}} | RECIPE, 0.07, **SHORT),
-        [(UNIF, "CLIP, T = 0.01", "unif alone, T = 0.01"), ("alignment", "CLIP, T = 0.01", "align alone, T = 0.01"),
-         (SEP, "unif alone, T = 0.01", "CUA, T = 0.01"), (CENTROIDS, "xunif alone, T = 0.01", "CLIP, T = 0.01")],
+        [(UNIF, "CLIP, T=0.01", "unif alone, T=0.01"), ("alignment", "CLIP, T=0.01", "align alone, T=0.01"),
+         (SEP, "unif alone, T=0.01", "CUA, T=0.01"), (CENTROIDS, "xunif alone, T=0.01", "CLIP, T=0.01")],
         (SEP, SEP100, CENTROIDS, UNIF, "alignment", "i2t_r1", "mixed_i2t")),
     "dimension": Claim(
         "In three dimensions it mostly closes by itself",
         grid(PLAIN, 0.01, over={f"d = {d}, ": {"dim": d} for d in (3, 8, 32, 128)}, **SHORT)
         | grid({"CUA": CUA}, 0.01, over={f"d = {d}, ": {"dim": d} for d in (3, 128)}, **SHORT)
         | grid(PLAIN | RECIPE, 0.07, over={"d = 3, ": {"dim": 3}}, **SHORT),
-        [(SEP, "d = 128, CLIP, T = 0.01", "d = 3, CLIP, T = 0.01"), (SEP, "d = 32, CLIP, T = 0.01", "d = 8, CLIP, T = 0.01"),
-         (UNIF, "d = 3, CLIP, T = 0.01", "d = 3, CUA, T = 0.01"), ("i2t_r1", "d = 3, CUA centred, T = 0.07", "d = 3, " + BEST)],
+        [(SEP, "d = 128, CLIP, T=0.01", "d = 3, CLIP, T=0.01"), (SEP, "d = 32, CLIP, T=0.01", "d = 8, CLIP, T=0.01"),
+         (UNIF, "d = 3, CLIP, T=0.01", "d = 3, CUA, T=0.01"), ("i2t_r1", "d = 3, CUA centred, T=0.07", "d = 3, " + BEST)],
         (SEP, CENTROIDS, UNIF, "i2t_r1", T_EFF)),
     "batch-size": Claim(
         "Small batches: it depends on what is kept equal",
@@ -161,25 +161,25 @@ Every claim with its picture, table, verdicts and command. `python figures/repro
 deviation. Nothing was chosen at these seeds. A verdict compares with the best row of plain CLIP for that metric where it says so by its name. Columns are explained in the [README](../README.md#run-it).
 """
 READINGS = {
-    "losses": """At T = .01, the authors' setting, CUA closes the gap and keeps retrieval, and is no better at naming. But T = .01 is CLIP's worst: at .07 it has hardly a gap and is better at
+    "losses": """At T=.01, the authors' setting, CUA closes the gap and keeps retrieval, and is no better at naming. But T=.01 is CLIP's worst: at .07 it has hardly a gap and is better at
 everything. CUA needs centring to profit from that warmth, and centring without the terms already does most of it; the terms add R@1, attributes and captions. Relations alone fall.
 "Centred once" folds the means into the untrained encoders only: the same as no centring. "Means subtracted" is the cure after training. *Holds at every seed*: the difference, paired by seed, is above
 its standard deviation on average, and above zero at each; *on average*: not at each.""",
     "law": """400 steps. Left two panels, R@1; right two, mixed search. Plain CLIP's T_eff (dotted) is a little colder than the recipe's best T, but on clean pairs, where warmth is wanted at the start only. The grid of T is
 coarse, so the factor is known to a step of it.""",
-    "noise": """The recipe's T is .1 or .2; CLIP is compared at its best. With a fifth wrong it leads in search at 400 and 1,500 steps, in zero-shot at 1,500 only, in unseen combinations not. With half wrong T = .1 is too cold
-for mixed search. CUA alone gains little; centring at T = .01 takes the warmth away and fails.""",
+    "noise": """The recipe's T is .1 or .2; CLIP is compared at its best. With a fifth wrong it leads in search at 400 and 1,500 steps, in zero-shot at 1,500 only, in unseen combinations not. With half wrong T=.1 is too cold
+for mixed search. CUA alone gains little; centring at T=.01 takes the warmth away and fails.""",
     "real": """7,685 pictures of Debian's Open Clip Art and Tux Paint packages with human titles ([clipart.py](clipart.py) says how to get them), 1,200 steps. Retrieval is level. Mixed search gains from warmth, and from the two terms; with a warm T centring adds little.
 T_eff at .01 does not tell the best T: these pairs can be learned by heart.""",
     "points": """512 pairs of free vectors, 600 steps of Adam. No encoder is needed: one shared vector a side opens the gap, at any T, and how fast it moves decides. Annealing T from 1 leaves no gap, unless pairs are wrong.""",
-    "thermostat": """Plain CLIP, 400 steps. Where T is colder than what the pairs want, training narrows the space until T_eff is about that; a T hotter than it is left alone. Narrow and apart are not the same: at T = .1 with a fifth
+    "thermostat": """Plain CLIP, 400 steps. Where T is colder than what the pairs want, training narrows the space until T_eff is about that; a T hotter than it is left alone. Narrow and apart are not the same: at T=.1 with a fifth
 wrong the space is hardly narrow, and still separable. Right: the centroids' distance.""",
-    "same-modality": """Two image encoders, fed the same images, laid onto each other first. At T = .01 the loss is almost zero at the end, and the gap complete; at .07 little is left of it; centring or CUA prevent it. *Published:* separability near 1 after training to convergence.""",
+    "same-modality": """Two image encoders, fed the same images, laid onto each other first. At T=.01 the loss is almost zero at the end, and the gap complete; at .07 little is left of it; centring or CUA prevent it. *Published:* separability near 1 after training to convergence.""",
     "opening": """Seed 6, a logarithmic axis of steps.""",
     "steps": """Each row is a run of its own, annealed to 0. The recipe at 400 steps is ahead of CLIP at 400, and behind CLIP at 800.""",
-    "zero-shot": """Pretrained on scenes of one and two objects with T learned, then 400 steps on 8,000 scenes of two. With the model's projections CUA gains at T = .01; with fresh ones, as the authors had, it does not. Both arms gain as much from
-T = .07 alone. *Published*, d = 128, CLIP / CUA / CUAXU: ImageNet .133 / .138 / .148, CIFAR-100 .318 / .335 / .345, Caltech .417 / .483 / .486, SIMAT .356 / .425 / .417.""",
-    "terms": """Alignment alone closes the gap in a narrow space; uniformity alone drives pairs apart; it takes both. With centring and T = .07 each works by itself.""",
+    "zero-shot": """Pretrained on scenes of one and two objects with T learned, then 400 steps on 8,000 scenes of two. With the model's projections CUA gains at T=.01; with fresh ones, as the authors had, it does not. Both arms gain as much from
+T=.07 alone. *Published*, d = 128, CLIP / CUA / CUAXU: ImageNet .133 / .138 / .148, CIFAR-100 .318 / .335 / .345, Caltech .417 / .483 / .486, SIMAT .356 / .425 / .417.""",
+    "terms": """Alignment alone closes the gap in a narrow space; uniformity alone drives pairs apart; it takes both. With centring and T=.07 each works by itself.""",
     "dimension": """At d = 3 a space without a gap is still far from uniform. Where seeds differ, each is given. *Published:* separability with CLIP .50 at d = 3 and 16 (one seed), .782 at 32, .999 at 64, 1.000 at 128.""",
     "batch-size": """At equal steps small batches have the wider gap; at equal samples it is otherwise.""",
 }

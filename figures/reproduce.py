@@ -102,7 +102,7 @@ def measured(names):
                     and not Path(job["folder"] + ".json").exists()]
             list(tqdm(pool.map(run, todo), "runs", len(todo)))
     if "losses" in names:
-        shown = [rows["losses", label][0] for label in ("CLIP, T = 0.01", "CUA, T = 0.01", "CUA centred, T = 0.07")]
+        shown = [rows["losses", label][0] for label in ("CLIP, T=0.01", "CUA, T=0.01", "CUA centred, T=0.07")]
         cgap.animate([cgap.load_run(folder) for folder in shown], HERE / "embeddings")
         draw_scenes(HERE / "scenes.png")
     return {name: {
@@ -173,12 +173,12 @@ def law_table(result):
 
     rows = []
     for share, labels in by_share(result).items():
-        T_eff = values(result, f"{share}, CLIP, T = 0.01", "effective_temperature")
+        T_eff = values(result, f"{share}, CLIP, T=0.01", "effective_temperature")
         best = [max((label for label in labels if kind in label), key=score) for kind in ("CUA centred", ", CLIP")]
         T = values(result, best[0], "temperature").mean()
         rows.append([share, mean_std(T_eff), f"{T:g}", mean_std(T / T_eff), *(
             mean_std(values(result, label, m)) for label in best for m in ("i2t_r1", "mixed_i2t")), best[1].split("CLIP, ")[1]])
-    return markdown(["T_eff of CLIP, T = 0.01", "recipe's best T", "factor", "R@1 i2t", "mixed i2t", "CLIP's best R@1 i2t",
+    return markdown(["T_eff of CLIP, T=0.01", "recipe's best T", "factor", "R@1 i2t", "mixed i2t", "CLIP's best R@1 i2t",
                      "mixed i2t", "at"], rows)
 
 
@@ -208,16 +208,16 @@ def draw_lines(claim, result, path):
     """Metrics against T for the recipe and plain CLIP: a line for each share of wrong captions, dots
     for seeds, dotted where plain CLIP's T_eff ended."""
     panels = [(metric, kind) for metric in claim.drawn for kind in ("CUA centred", "CLIP") if kind in str(result["runs"].keys())]
-    figure, axes = cgap.canvas(len(panels), 4)
+    figure, axes = cgap.canvas(len(panels), len(panels))
     ticks = [.01, .02, .05, .1, .2, .3]
     for axis, (metric, kind) in zip(axes, panels):
         for k, (share, labels) in enumerate(by_share(result).items()):
-            shown = [label for label in labels if f", {kind}, T =" in label]
+            shown = [label for label in labels if f", {kind}, T=" in label]
             T = [values(result, label, "temperature").mean() for label in shown]
             seeds = torch.stack([values(result, label, metric) for label in shown])
             axis.plot(T, seeds.mean(1), color=f"C{k}", label=share)
             axis.plot(T, seeds, "o", color=f"C{k}", ms=3)
-            axis.axvline(values(result, f"{share}, CLIP, T = 0.01", "effective_temperature").mean(), color=f"C{k}", linestyle=":")
+            axis.axvline(values(result, f"{share}, CLIP, T=0.01", "effective_temperature").mean(), color=f"C{k}", linestyle=":")
         axis.set(xscale="log", xlabel="T", ylabel=spelled(metric), title=kind)
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
