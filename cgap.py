@@ -73,7 +73,7 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
     mean is not the mean of logs. Raises ValueError for other shapes. Source: paper's L_CUAXU."""
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
         raise ValueError(f"x and y must be (N, D), N > 1, not {(*x.shape,)} and {(*y.shape,)}")
-    with torch.autocast(x.device.type, enabled=False):  # bfloat16: logits off by .2
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits err by .2
         x, y = unit(x, center), unit(y, center)
         logits = x @ y.T / temperature  # (N, N)
         matched = torch.arange(len(x), device=x.device)
@@ -89,7 +89,7 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
 
 # -- 2. Measuring the gap --------------------------------------------------------------------------
 # One number is not enough: clouds with one centre can be told apart; clouds that nobody can tell
-# apart can sit in a corner, where pairs are close for free.
+# apart can sit in a corner, where all pairs are close.
 def fit_logistic(z, labels, C):
     """The w (D,) that minimises |w'|^2 / 2 + C sum_i log(1 + exp(-s_i z_i.w)), by Newton's method.
     z: (N, D), its last column 1, for the bias, which w' lacks. labels: 0 or 1 for s = -1 or 1."""
@@ -124,7 +124,7 @@ def gap_metrics(x, y):
     alignment             mean |x_i - y_i|^2, 0 to 4; the pairs' mean cosine is 1 - alignment / 2
     uniformity_image, uniformity_text, cross_uniformity   -8 to 0
     effective_rank        dimensions that x uses, 1 to D: exp of the entropy of its variances
-    They are normalised here; about 30 N^2 bytes. Raises ValueError for other shapes, N < 5, D < 2,
+    x, y are normalised here; about 30 N^2 bytes. Raises ValueError for other shapes, N < 5, D < 2,
     a row that is zero or not finite. Source: the paper; the last, Roy & Vetterli 2007."""
     x, y = x.cpu().double(), y.cpu().double()  # the CPU first: MPS has no float64
     if (x.shape != y.shape or x.ndim != 2 or len(x) < 5 or x.shape[1] < 2
@@ -155,7 +155,7 @@ def ideals(dim):
 def effective_temperature(x, y, temperature):
     """T / sqrt((1 - |mean x|^2) (1 - |mean y|^2)) of embeddings (N, D), normalised here: about the
     temperature that softmax feels. What tells pairs apart is what remains without the means, of
-    mean square 1 - |mean|^2. Normalise that again, and its cosines are divided by this, not T."""
+    mean square 1 - |mean|^2. Their cosines, once renormalised, are divided by this, not by T."""
     x, y = unit(x), unit(y)
     rest = (1 - x.mean(0).square().sum()) * (1 - y.mean(0).square().sum())
     return float(temperature / rest.clamp(min=1e-12).sqrt())
@@ -168,10 +168,10 @@ def recall(x, y, group):
 
 @torch.no_grad()
 def mixed_recall(x, y, group=None):
-    """R@1 in one index of images and texts, where a gap is felt, as `recall` does not feel it: how
-    often the nearest to x_i, and to y_i, is a right partner of the other modality; two floats. Left
-    out are the item itself and its modality's of the same group. x, y: (N, D), normalised here;
-    about 25 N^2 bytes. group: (N,) integers, equal for equal captions. After arXiv 2507.19054."""
+    """R@1 in one index of images and texts, which unlike `recall` feels a gap: how often the item
+    nearest to x_i, to y_i, is a right partner of the other modality; two floats. Excluded: itself
+    and others of its modality and group. x, y: (N, D), normalised here; about 25 N^2 bytes.
+    group: (N,) integers, equal for equal captions. After arXiv 2507.19054."""
     both = torch.cat([unit(x), unit(y)])  # (2 N, D)
     group = torch.arange(len(x), device=x.device) if group is None else group
     same = group[:, None] == group
@@ -183,13 +183,13 @@ def mixed_recall(x, y, group=None):
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # No encoders, only points that the loss may move as it likes. Left alone, they open no gap. Give
 # each side one vector that all its points share, as an encoder's biases are, and within a few steps
-# a complete gap opens, at any temperature (in 128 dimensions). What matters most is how fast these
+# a complete gap opens, whatever T is (in 128 dimensions). What matters most is how fast these
 # vectors move against the points: at 1/64 of the points' learning rate hardly any gap opens.
 # Why two directions, not one common corner? Little ties the two vectors together: what they add to
 # the logits is largely the same for all pairs, and softmax does not see a constant. The little that
 # does tie them closes the gap again where T is high. At T = 0.01 it stays for thousands of steps;
 # while pairs do not fit, shared vectors warm that softmax (effective_temperature). The recipe:
-# subtract the means (`center`), and give the softmax their warmth.
+# subtract the means (`center`), and raise T in their place.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
@@ -219,7 +219,7 @@ def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=6
 
 
 def mismatched(n, share):
-    """The partner of each of n: itself, but a random share get each other's."""
+    """The partner of each of n, (n,): itself, but for a random share another's."""
     partner = torch.arange(n)
     chosen = torch.randperm(n)[:int(share * n)]
     partner[chosen] = chosen.roll(1)
@@ -357,7 +357,7 @@ JITTER = torch.tensor([[.2, .2], [.04, .15], [.15, .04]])
 
 
 def masks(u, v):
-    """What is inside each of the SHAPES, for u to the right and v down, -1 to 1."""
+    """What is inside each of the SHAPES, for u to the right and v down, -1 to 1: (6, ...)."""
     a, b = u.abs(), v.abs()
     return torch.stack([u * u + v * v < 1, torch.maximum(a, b) < .85,
                         (v < .85) & (2 * a - v < 1), 1.5 * a + b < 1.1,
@@ -385,7 +385,7 @@ def random_scenes(n, single):
 
 
 def draw_scenes(scenes, size):
-    """Images (N, 3, size, size), uint8, jittered in place, size and colour, with noise."""
+    """Images (N, 3, size, size), uint8, jittered in position, size and colour, noisy."""
     palette = torch.tensor(list(PALETTE.values()))
     axis = (torch.arange(size) + .5) / size
     images = []
@@ -444,7 +444,7 @@ def scene_data(cfg):
 # -- 6. Settings -----------------------------------------------------------------------------------
 @dataclass
 class Config:
-    """All settings of a run. They are flags of the command line, the comments their help."""
+    """All settings of a run. Each is a command-line flag; its comment is the help text."""
     unif: float = 0.0  # weight of uniformity; CUA is --unif 1 --align 1
     align: float = 0.0  # weight of alignment
     xunif: float = 0.0  # weight of cross-modal uniformity; CUAXU is all three
@@ -452,7 +452,7 @@ class Config:
     temperature: float = 0.01  # T of the CLIP loss; its start, if learned
     learn_temperature: bool = False  # learn T, at 0.01 or above
     data: str = "synthetic"  # or an MS-COCO folder or a CSV file (header image,caption)
-    limit: int = 0  # so many training and validation images at most; 0: all
+    limit: int = 0  # cap on training and validation images each; 0: all
     mismatch: float = 0.0  # share of training images with wrong captions
     single: float = 0.1  # share of scenes with a single object
     image_size: int = 0  # side of the images; 0: 32 (scenes) or 64 (photographs)
@@ -570,8 +570,8 @@ def track(run, step, model, optimizer, data, quiet):
 
 
 def train(cfg, resume=False, model=None, quiet=False):
-    """Train two encoders; returns the history, a dict of metrics for each evaluation. resume: go on
-    with the run in cfg.out. model: your own TwoEncoders. Raises UserError for what cannot work."""
+    """Train two encoders; returns the history, a list of dicts of metrics. resume: go on with the
+    run in cfg.out. model: your own TwoEncoders. Raises UserError for settings that cannot work."""
     check(cfg)
     device = pick_device(cfg.device)
     data = load_data(cfg)
@@ -610,7 +610,7 @@ def train(cfg, resume=False, model=None, quiet=False):
 
 # -- 8. Figures, drawn from what runs have kept ----------------------------------------------------
 def canvas(n, columns):
-    """A matplotlib figure of n panels, so many in a row, and the list of them."""
+    """A matplotlib figure of n panels, `columns` a row, and the list of them."""
     from matplotlib.figure import Figure
     rows = math.ceil(n / columns)
     figure = Figure(figsize=(4.2 * columns, 4 * rows), layout="constrained")
@@ -618,7 +618,7 @@ def canvas(n, columns):
 
 
 def plot_histories(histories, metrics, dim, path, xscale="linear"):
-    """A panel for each metric, a line for each of {name: history}, dotted the ideal."""
+    """A panel for each metric, a line for each of {name: history}, the ideal dotted."""
     figure, axes = canvas(len(metrics), min(4, len(metrics)))
     ideal = ideals(dim)
     for axis, metric in zip(axes, metrics):
@@ -634,7 +634,7 @@ def plot_histories(histories, metrics, dim, path, xscale="linear"):
 
 
 def draw_pairs(axis, run, number):
-    """The last of the first `number` snapshots, in the plane of the origin and both means."""
+    """The last of the first `number` snapshots in the plane of 0 and both means; pairs joined."""
     step, both = list(run["snapshots"].items())[:number][-1]
     x, y = both.float().mean(1)  # of (2, n, D)
     Q, R = torch.linalg.qr(torch.stack([y - x, y + x], 1))

@@ -14,7 +14,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import sys
 import textwrap
@@ -105,9 +104,8 @@ def measured(names):
         shown = [rows["losses", label][0] for label in ("CLIP, T=0.01", "CUA, T=0.01", "CUA centred, T=0.07")]
         cgap.animate([cgap.load_run(folder) for folder in shown], HERE / "embeddings")
         draw_scenes(HERE / "scenes.png")
-    return {name: {
-        "machine": f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}, one thread a run",
-        "runs": {label: [history if CLAIMS[name].picture == "curves" else [history[0], history[-1]] for history in (
+    return {name: {"runs": {
+        label: [history if CLAIMS[name].picture == "curves" else [history[0], history[-1]] for history in (
             json.loads(Path(folder + ".json").read_text(), parse_float=lambda text: round(float(text), 6))
             for folder in rows[name, label])] for label in CLAIMS[name].runs}} for name in names}
 
@@ -251,7 +249,7 @@ def section(name, claim, result):
     minutes = sum(history[-1]["seconds"] for history in histories) / 60
     data = " --data pairs.csv" * (name == "real")
     return "\n".join([*lines, "", f"`python figures/reproduce.py {name}{data}`: {len(histories)} runs, {minutes:.0f} core "
-                      f"minutes. {result['machine']}.", ""])
+                      "minutes.", ""])
 
 
 def main():
