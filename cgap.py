@@ -657,8 +657,8 @@ def animate(runs, path):
     def frame(k):
         for axis, run in zip(axes, runs):
             draw_pairs(axis, run, k + 1)
-
-    FuncAnimation(figure, frame, 36).save(f"{path}.gif", "pillow", dpi=80)  # it rests at the end
+    frames = max(len(run["snapshots"]) for run in runs) + 5  # it rests at the end
+    FuncAnimation(figure, frame, frames).save(f"{path}.gif", "pillow", dpi=80)
     figure.savefig(f"{path}.png")
 
 
