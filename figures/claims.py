@@ -73,7 +73,7 @@ CLAIMS = {
         + checks([SEP], 0.56, "CUA centred, T=0.07") + checks(TASKS, "CUA centred, T=0.07", BEST),
         (SEP, SEP100, CENTROIDS, UNIF, "alignment", *TASKS, T_EFF), five=tuple(grid(PLAIN | RECIPE, 0.01, 0.07))),
     "law": Claim(
-        "The gap tells the temperature to give",
+        "Plain CLIP's T_eff tells the temperature to give",
         LAW | grid(RECIPE, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, over=WRONG, **SHORT), [],
         ("temperature", T_EFF, SEP, *SEARCH), picture="lines", drawn=("i2t_r1", "mixed_i2t")),
     "noise": Claim(
@@ -82,7 +82,7 @@ CLAIMS = {
                      | grid(RECIPE, 0.01, 0.1, 0.2, over=HARD, **SHORT) | grid(PLAIN, 0.1, 0, over=LONG)
                      | grid(RECIPE, 0.1, over=LONG) | grid(PLAIN, 0.01, 0.1, 0, over=LITTLE, **SHORT)
                      | grid({"CUA": CUA} | RECIPE, 0.01, 0.1, over=LITTLE, **SHORT)).items())),
-        [check for where in (*HARD, *LONG, *LITTLE) for check in checks(TASKS[:6], where + "CUA centred, T=0.1", where + BEST)],
+        [check for where in (*HARD, *LONG, *LITTLE) for check in checks(["i2t_r1", "mixed_i2t", "zero_shot", "zero_shot_unseen"], where + "CUA centred, T=0.1", where + BEST)],
         (SEP, *TASKS[:7], T_EFF)),
     "real": Claim(
         "Real pictures with human titles",
@@ -128,7 +128,7 @@ CLAIMS = {
         {"pretrained": LEARNED | {"steps": 800, "single": 0.5}, **grid(PLAIN | RECIPE, 0.01, 0.07, over=TUNED),
          **grid({"CUA": CUA}, 0.01, over=TUNED)},
         [check for kind in TUNED for row, T in (("CUA, T=0.01", 0.01), ("CUA centred, T=0.07", 0.07))
-         for check in checks(["zero_shot", "arithmetic_attribute", "mixed_i2t"], kind + row, f"{kind}CLIP, T={T}")],
+         for check in checks(["zero_shot", "arithmetic_attribute"], kind + row, f"{kind}CLIP, T={T}")],
         (SEP, UNIF, *TASKS)),
     "terms": Claim(
         "Which term does what",
@@ -159,6 +159,21 @@ INTRO = """# Gallery
 
 Every claim with its picture, table, verdicts and command. `python figures/reproduce.py` makes this page, the pictures and `results.json`. Dots are seeds (6 to 8; four rows of *losses* to 10), bars their means; numbers are mean±standard
 deviation. Nothing was chosen at these seeds. Ours ran on two cores of an AMD EPYC (x86_64), Python 3.11.7, torch 2.14.1, one thread a run. A verdict compares with the best row of plain CLIP for that metric where it says so by its name. Columns are explained in the [README](../README.md#run-it).
+
+<a id="credit"></a>
+## Before and after this paper
+
+- Liang et al. ([2203.02053](https://arxiv.org/abs/2203.02053)): the cone of untrained encoders; the temperature.
+- Eslami & de Melo ([2406.17639](https://arxiv.org/abs/2406.17639)): shared parameters shrink it.
+- Yaras et al. ([2412.07909](https://arxiv.org/abs/2412.07909)): mismatched pairs and a learned temperature keep it.
+- Levi & Gilboa ([2411.14517](https://arxiv.org/abs/2411.14517)): two ellipsoids off the origin, which serve uncertainty from false negatives.
+- Zhou et al. ([2302.11084](https://arxiv.org/abs/2302.11084)): subtracting means at test time, for the negatives of training.
+- Liu et al. ([2604.00279](https://arxiv.org/abs/2604.00279)): repairs after training mainly close the centroids' gap, not that of the distributions.
+- Inherent or not? Yi et al. ([2510.03268](https://arxiv.org/abs/2510.03268)): no, dimension collapse. Cai et al. ([2601.19597](https://arxiv.org/abs/2601.19597)): it can be, at large batches.
+- Chowers et al. ([2603.29080](https://arxiv.org/abs/2603.29080)): the gap vector is orthogonal to embeddings; closing it raises robustness, not accuracy.
+- Bangachev et al. ([2509.18552](https://arxiv.org/abs/2509.18552)): in SigLIP, a learned temperature and bias explain a gap.
+- Sun ([2209.02127](https://arxiv.org/abs/2209.02127)): the learned temperature indicates the noise of the data.
+
 """
 READINGS = {
     "losses": """At T=.01, the authors' setting, CUA closes the gap and keeps retrieval, and is no better at naming. But T=.01 is CLIP's worst: at .07 it has hardly a gap and is better at
