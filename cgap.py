@@ -64,7 +64,7 @@ def uniformity(x, y, t=2.0):
 
 def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=False):
     """CLIP + unif * uniformity + align * alignment + xunif * cross-modal uniformity: the total, a
-    scalar to minimise (often negative), and a dict of its unweighted terms, detached.
+    scalar to minimise (with unif, often negative), and a dict of its unweighted terms, detached.
 
     x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here.
     temperature: a number or, to learn it, a scalar tensor. center: subtract the batch's means first
@@ -162,14 +162,14 @@ def effective_temperature(x, y, temperature):
 
 
 def recall(x, y, group):
-    """R@1: is the nearest y to x_i of its group? Unit vectors (N, D); group: (N,) integers."""
+    """R@1: how often x_i's nearest y shares its group. Unit vectors (N, D); group: (N,) ints."""
     return (group[(x @ y.T).argmax(1)] == group).float().mean().item()
 
 
 @torch.no_grad()
 def mixed_recall(x, y, group=None):
     """R@1 in one index of images and texts, which unlike `recall` feels a gap: how often the item
-    nearest to x_i, to y_i, is a right partner of the other modality; two floats. Excluded: itself
+    nearest to x_i (or y_i) is a right partner of the other modality; two floats. Excluded: itself
     and others of its modality and group. x, y: (N, D), normalised here; about 25 N^2 bytes.
     group: (N,) integers, equal for equal captions. After arXiv 2507.19054."""
     both = torch.cat([unit(x), unit(y)])  # (2 N, D)
@@ -182,19 +182,19 @@ def mixed_recall(x, y, group=None):
 
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # No encoders, only points that the loss may move as it likes. Left alone, they open no gap. Give
-# each side one vector that all its points share, as an encoder's biases are, and within a few steps
+# each side one vector that all its points share, like an encoder's bias, and within a few steps
 # a complete gap opens, whatever T is (in 128 dimensions). What matters most is how fast these
 # vectors move against the points: at 1/64 of the points' learning rate hardly any gap opens.
 # Why two directions, not one common corner? Little ties the two vectors together: what they add to
 # the logits is largely the same for all pairs, and softmax does not see a constant. The little that
 # does tie them closes the gap again where T is high. At T = 0.01 it stays for thousands of steps;
-# while pairs do not fit, shared vectors warm that softmax (effective_temperature). The recipe:
-# subtract the means (`center`), and raise T in their place.
+# until pairs fit, shared vectors raise its effective temperature (section 2). The recipe: subtract
+# the means (`center`), and raise T to compensate.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
     offset: its learning rate, as a multiple of the points'. temperature: a number or a function of
-    the step. mismatch: the share of y permuted, anew at each step. weights: of the loss's terms.
+    the step. mismatch: the share of y permuted, anew at each step. weights: cgap_loss's.
     Returns a list of dicts: `step`, `effective_temperature`, gap_metrics."""
     torch.manual_seed(seed)
     cone = torch.randn(dim) / dim ** 0.5
@@ -219,7 +219,7 @@ def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=6
 
 
 def mismatched(n, share):
-    """The partner of each of n, (n,): itself, but for a random share another's."""
+    """The partner of each of n, (n,): itself or, for a random share, another."""
     partner = torch.arange(n)
     chosen = torch.randperm(n)[:int(share * n)]
     partner[chosen] = chosen.roll(1)
@@ -322,7 +322,7 @@ class Pairs:
 
 Data = namedtuple("Data", "train val vocab tasks")  # Pairs, Pairs, {word: number}, Tasks or None
 # Zero-shot: prompts[labels[i]] should be nearest to images[i]. Arithmetic: image pool[query[q]] +
-# text new[q] - text old[q] (words, then captions) should be nearest to a pool[i], correct[q, i].
+# text new[q] - text old[q] (words, then captions) should be nearest a pool[i] with correct[q, i].
 Tasks = namedtuple("Tasks", "images labels prompts pool query old new correct")
 WORD = re.compile(r"\w+|[^\w\s]")  # "a dog's bowl." -> a, dog, ', s, bowl, .
 
@@ -407,7 +407,7 @@ def draw_scenes(scenes, size):
 
 
 def scene_tasks(size, vocab, n=200):
-    """Zero-shot: single objects. Arithmetic: n scenes, each edited in each word."""
+    """Zero-shot: single objects. Arithmetic: n scenes, each edited once in each word."""
     single = F.pad(OBJECTS, (0, 3), value=-1)
     labels = torch.arange(len(single)).repeat(20)
     images = draw_scenes(single[labels], size)
@@ -476,7 +476,7 @@ class Config:
         self.out = str(self.out or f"runs/{now}-{self.name()}-seed{self.seed}")
 
     def weights(self):
-        """{argument of cgap_loss: weight} of its terms, also of one that you add."""
+        """{argument of cgap_loss: weight} of its terms, including any that you add."""
         names = [*inspect.signature(cgap_loss).parameters][3:-1]
         return {name: getattr(self, name) for name in names}
 
@@ -634,7 +634,7 @@ def plot_histories(histories, metrics, dim, path, xscale="linear"):
 
 
 def draw_pairs(axis, run, number):
-    """The last of the first `number` snapshots in the plane of 0 and both means; pairs joined."""
+    """Snapshot `number`, or the last, in the plane of 0 and both means; grey joins pairs."""
     step, both = list(run["snapshots"].items())[:number][-1]
     x, y = both.float().mean(1)  # of (2, n, D)
     Q, R = torch.linalg.qr(torch.stack([y - x, y + x], 1))
