@@ -169,7 +169,7 @@ deviation. Nothing was chosen at these seeds. Ours ran on two cores of an AMD EP
 - Levi & Gilboa ([2411.14517](https://arxiv.org/abs/2411.14517)): two ellipsoids off the origin, which serve uncertainty from false negatives.
 - Zhou et al. ([2302.11084](https://arxiv.org/abs/2302.11084)): subtracting means at test time, for the negatives of training.
 - Liu et al. ([2604.00279](https://arxiv.org/abs/2604.00279)): repairs after training mainly close the centroids' gap, not that of the distributions.
-- Inherent or not? Yi et al. ([2510.03268](https://arxiv.org/abs/2510.03268)): no, dimension collapse. Cai et al. ([2601.19597](https://arxiv.org/abs/2601.19597)): it can be, at large batches.
+- Inherent or not? Yi et al. ([2510.03268](https://arxiv.org/abs/2510.03268)): no: dimension collapse causes it. Cai et al. ([2601.19597](https://arxiv.org/abs/2601.19597)): it can be, at large batches.
 - Chowers et al. ([2603.29080](https://arxiv.org/abs/2603.29080)): the gap vector is orthogonal to embeddings; closing it raises robustness, not accuracy.
 - Bangachev et al. ([2509.18552](https://arxiv.org/abs/2509.18552)): in SigLIP, a learned temperature and bias explain a gap.
 - Sun ([2209.02127](https://arxiv.org/abs/2209.02127)): the learned temperature indicates the noise of the data.
