@@ -27,7 +27,8 @@ CUA = {"unif": 1.0, "align": 1.0}
 CENTRED = CUA | {"center": True}
 PLAIN, RECIPE = {"CLIP": {}}, {"CUA centred": CENTRED}
 FOUR = PLAIN | {"CUA": CUA, "CLIP centred": {"center": True}} | RECIPE
-SHORT={"steps": 400}
+SHORT = {"steps": 400}
+ALL = (0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0)  # temperatures that plain CLIP is given
 LEARNED = {"temperature": 0.07, "learn_temperature": True}
 REAL = {"data": "real", "image_size": 32, "steps": 1200}
 WRONG = {f"{share}% wrong, ": {"mismatch": share / 100} for share in (0, 10, 20, 50)}
@@ -36,7 +37,7 @@ LONG = {"20% wrong, 1500 steps, ": {"mismatch": 0.2, "steps": 1500}}
 LITTLE = {"2000 images, ": {"limit": 2000}}
 TUNED = {f"{kind} projections, ": {"steps": 400, "lr": 3e-4, "single": 0.0, "limit": 8000, "source": "pretrained", "model": kind}
          for kind in ("kept", "fresh")}
-BEST="best CLIP"  # in a check: of the rows with plain CLIP, that with the highest mean
+BEST = "best CLIP"  # in a check: of the rows with plain CLIP, that with the highest mean
 
 
 def grid(losses, *temperatures, over={"": {}}, **settings):
@@ -61,11 +62,11 @@ def checks(metrics, row, *others):
     return [(metric, row, other) for other in others for metric in metrics]
 
 
-LAW = grid(PLAIN, 0.01, 0.05, 0.1, 0.2, 0, over=WRONG, **SHORT)
+LAW = grid(PLAIN, *ALL, over=WRONG, **SHORT)
 CLAIMS = {
     "losses": Claim(
         "Four losses, cold and warm: what closes the gap, and what that is good for",
-        grid(FOUR, 0.01, 0.07) | grid(PLAIN, 0) | grid({"CUAXU": CUA | {"xunif": 1.0}}, 0.01)
+        grid(FOUR, 0.01, 0.07) | grid(PLAIN, 0.05, 0.1, 0.2, 0) | grid({"CUAXU": CUA | {"xunif": 1.0}}, 0.01)
         | grid({"CUA centred once": CUA | {"model": "centred once"}}, 0.07)
         | {f"CLIP, T={T}, means subtracted": {"temperature": T, "steps": 1, "lr": 0.0, "model": "centred once",
                                                 "source": f"CLIP, T={T}"} for T in (0.01, 0.07)},
@@ -78,15 +79,15 @@ CLAIMS = {
         ("temperature", T_EFF, SEP, *SEARCH), picture="lines", drawn=("i2t_r1", "mixed_i2t")),
     "noise": Claim(
         "Where the recipe helps, and where not: wrong captions, little data",
-        dict(sorted((grid(PLAIN, 0.01, 0.05, 0.1, 0.2, 0, over=HARD, **SHORT) | grid({"CUA": CUA}, 0.01, 0.1, over=HARD, **SHORT)
-                     | grid(RECIPE, 0.01, 0.1, 0.2, over=HARD, **SHORT) | grid(PLAIN, 0.1, 0, over=LONG)
-                     | grid(RECIPE, 0.1, over=LONG) | grid(PLAIN, 0.01, 0.1, 0, over=LITTLE, **SHORT)
+        dict(sorted((grid(PLAIN, *ALL, over=HARD, **SHORT) | grid({"CUA": CUA}, 0.01, 0.1, over=HARD, **SHORT)
+                     | grid(RECIPE, 0.01, 0.1, 0.2, over=HARD, **SHORT) | grid(PLAIN, *ALL[2:], over=LONG)
+                     | grid(RECIPE, 0.1, over=LONG) | grid(PLAIN, *ALL, over=LITTLE, **SHORT)
                      | grid({"CUA": CUA} | RECIPE, 0.01, 0.1, over=LITTLE, **SHORT)).items())),
         [check for where in (*HARD, *LONG, *LITTLE) for check in checks(["i2t_r1", "mixed_i2t", "zero_shot", "zero_shot_unseen"], where + "CUA centred, T=0.1", where + BEST)],
         (SEP, *TASKS[:7], T_EFF)),
     "real": Claim(
         "Real pictures with human titles",
-        grid(PLAIN, 0.01, 0.05, 0.1, 0.2, 0, **REAL) | grid({"CUA": CUA}, 0.1, 0, **REAL)
+        grid(PLAIN, *ALL, **REAL) | grid({"CUA": CUA}, 0.1, 0, **REAL)
         | grid(RECIPE, 0.01, 0.05, 0.1, 0.2, 0, **REAL),
         checks(SEARCH, "CUA centred, T=0.1", BEST, "CUA, T=0.1"), (SEP, SEP100, *SEARCH, T_EFF)),
     "points": Claim(
@@ -157,8 +158,8 @@ CLAIMS = {
 }
 INTRO = """# Gallery
 
-Every claim with its picture, table, verdicts and command. `python figures/reproduce.py` makes this page, the pictures and `results.json`. Dots are seeds (6 to 8; four rows of *losses* to 10), bars their means; numbers are mean±standard
-deviation. Nothing was chosen at these seeds. Ours ran on two cores of an AMD EPYC (x86_64), Python 3.11.7, torch 2.14.1, one thread a run. A verdict compares with the best row of plain CLIP for that metric where it says so by its name. Columns are explained in the [README](../README.md#run-it).
+`python figures/reproduce.py` makes this page, the pictures and `results.json`. Dots are seeds (6 to 8; four rows of *losses* to 10), bars their means; numbers are mean±standard
+deviation. Nothing was chosen at these seeds. Ours ran on two cores of an AMD EPYC (x86_64), Python 3.11.7, torch 2.14.1, one thread a run. Verdicts against the *best CLIP* name it. Columns are explained in the [README](../README.md#run-it).
 
 <a id="credit"></a>
 ## Before and after this paper
@@ -176,25 +177,24 @@ deviation. Nothing was chosen at these seeds. Ours ran on two cores of an AMD EP
 
 """
 READINGS = {
-    "losses": """At T=.01, the authors' setting, CUA closes the gap and keeps retrieval, and is no better at naming. But T=.01 is CLIP's worst: at .07 it has hardly a gap and is better at
-everything. CUA needs centring to profit from that warmth, and centring without the terms already does most of it; the terms add R@1, attributes and captions. Relations alone fall.
-"Centred once" folds the means into the untrained encoders only: the same as no centring. "Means subtracted" is the cure after training. *Holds at every seed*: the difference, paired by seed, is above
-its standard deviation on average, and above zero at each; *on average*: not at each.""",
-    "law": """400 steps. Left two panels, R@1; right two, mixed search. Plain CLIP's T_eff (dotted) is a little colder than the recipe's best T, but on clean pairs, where warmth is wanted at the start only. The grid of T is
-coarse, so the factor is known to a step of it.""",
+    "losses": """At T=.01, the authors' setting, CUA closes the gap and keeps retrieval, and is no better at naming. But T=.01 is far from CLIP's best: at .07 or .1 it has hardly a gap and is better at
+all. CUA needs centring to profit from that warmth, and centring without the terms already does most of it; the terms add R@1, attributes and captions. Relations alone fall.
+"Centred once" folds the means into the untrained encoders only: the same as no centring. "Means subtracted" is the cure after training. *Holds*: the difference, paired by seed, is above its standard deviation
+on average; *at every seed*: and above zero at each.""",
+    "law": """400 steps. Left two panels, R@1; right two, mixed search. Plain CLIP's T_eff (dotted) is a little colder than the recipe's best T, but on clean pairs, where warmth is wanted at the start only. The grid of T is coarse.""",
     "noise": """The recipe's T is .1 or .2; CLIP is compared at its best. With a fifth wrong it leads in search at 400 and 1,500 steps, in zero-shot at 1,500 only, in unseen combinations not. With half wrong T=.1 is too cold
-for mixed search. CUA alone gains little; centring at T=.01 takes the warmth away and fails.""",
+for mixed search. Centring at T=.01 takes the warmth away and fails.""",
     "real": """7,685 pictures of Debian's Open Clip Art and Tux Paint packages with human titles ([clipart.py](clipart.py) says how to get them), 1,200 steps. Retrieval is level. Mixed search gains from warmth, and from the two terms; with a warm T centring adds little.
-T_eff at .01 does not tell the best T: these pairs can be learned by heart.""",
-    "points": """512 pairs of free vectors, 600 steps of Adam. No encoder is needed: one shared vector a side opens the gap, at any T, and how fast it moves decides. Annealing T from 1 leaves no gap, unless pairs are wrong.""",
-    "thermostat": """Plain CLIP, 400 steps. Where T is colder than what the pairs want, training narrows the space until T_eff is about that; a T hotter than it is left alone. Narrow and apart are not the same: at T=.1 with a fifth
+T_eff does not tell the best T: these pairs can be learned by heart.""",
+    "points": """512 pairs of free vectors, 600 steps of Adam. One shared vector a side opens the gap, at any T, and how fast it moves decides. Annealing T from 1 leaves no gap, unless pairs are wrong.""",
+    "thermostat": """Plain CLIP, 400 steps. Where T is colder than what the pairs want, training narrows the space until T_eff is about that; a T hotter than it is left alone. At T=.1 with a fifth
 wrong the space is hardly narrow, and still separable. Right: the centroids' distance.""",
-    "same-modality": """Two image encoders, fed the same images, laid onto each other first. At T=.01 the loss is almost zero at the end, and the gap complete; at .07 little is left of it; centring or CUA prevent it. *Published:* separability near 1 after training to convergence.""",
+    "same-modality": """At T=.01 the loss is almost zero at the end, and the gap complete; at .07 little is left of it; centring or CUA prevent it. *Published:* separability near 1 after training to convergence.""",
     "opening": """Seed 6, logarithmic steps.""",
-    "steps": """Each row is a run of its own, annealed to 0. The recipe at 400 steps is ahead of CLIP at 400, and behind CLIP at 800.""",
+    "steps": """The recipe at 400 steps is ahead of CLIP at 400, and behind CLIP at 800.""",
     "zero-shot": """Pretrained on scenes of one and two objects with T learned, then 400 steps on 8,000 scenes of two. With the model's projections CUA gains at T=.01; with fresh ones, as the authors had, it does not. Both gain as much from T=.07
 alone. *Published*, d = 128, CLIP / CUA / CUAXU: ImageNet .133 / .138 / .148, CIFAR-100 .318 / .335 / .345, Caltech .417 / .483 / .486, SIMAT .356 / .425 / .417.""",
-    "terms": """Alignment alone closes the gap in a narrow space; uniformity alone drives pairs apart; it takes both. With centring and T=.07 each works by itself.""",
+    "terms": """Alignment alone closes the gap in a narrow space; uniformity alone drives pairs apart; it takes both.""",
     "dimension": """At d = 3 a space without a gap is still far from uniform. *Published:* separability with CLIP .50 at d = 3 and 16 (one seed), .782 at 32, .999 at 64, 1.000 at 128.""",
     "batch-size": """At equal steps small batches have the wider gap; at equal samples it is otherwise.""",
 }
