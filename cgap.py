@@ -78,7 +78,7 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
         logits = x @ y.T / temperature  # (N, N)
         matched = torch.arange(len(x), device=x.device)
         clip = (F.cross_entropy(logits, matched) + F.cross_entropy(logits.T, matched)) / 2
-        terms = {  # name: (weight, value)
+        terms = {  # name: (weight, value); those of weight 0 are for the log
             "clip": (1.0, clip),
             "unif": (unif, (uniformity(x, x) + uniformity(y, y)) / 2),
             "align": (align, (x - y).square().sum(1).mean()),
@@ -177,19 +177,19 @@ def mixed_recall(x, y, group=None):
     same = group[:, None] == group
     cosines = (both @ both.T).masked_fill_(torch.block_diag(same, same), -math.inf)
     right = group.repeat(2)[cosines.argmax(1)] == group.repeat(2)
-    return tuple(right.view(2, -1).float().mean(1).tolist())
+    return right.view(2, -1).float().mean(1).tolist()
 
 
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # No encoders, only points that the loss may move as it likes. Left alone, they open no gap. Give
 # each side one vector that all its points share, like an encoder's bias, and within a few steps
 # a complete gap opens, whatever T is (in 128 dimensions). What matters most is how fast these
-# vectors move against the points: at 1/64 of the points' learning rate hardly any gap opens.
+# vectors move, compared with the points: at 1/64 of their learning rate hardly any gap opens.
 # Why two directions, not one common corner? Little ties the two vectors together: what they add to
 # the logits is largely the same for all pairs, and softmax does not see a constant. The little that
-# does tie them closes the gap again where T is high. At T = 0.01 it stays for thousands of steps;
-# until pairs fit, shared vectors raise its effective temperature (section 2). The recipe: subtract
-# the means (`center`), and raise T to compensate.
+# does tie them closes the gap again where T is high. At T = 0.01 it stays for thousands of steps:
+# while pairs do not fit, shared vectors lower the loss by raising the effective temperature
+# (section 2). The recipe: what the loss does not see (`center`) opens no gap; raise T instead.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
@@ -308,7 +308,7 @@ def fold_means(model, images, texts):
 
 
 # -- 5. Scenes -------------------------------------------------------------------------------------
-# One or two coloured shapes, and a caption that says exactly what is there: perfect pairs.
+# One or two coloured shapes and an exact caption: perfect pairs, though a batch repeats about one.
 @dataclass
 class Pairs:
     """Images with K texts each: captions, or the image again."""
@@ -428,7 +428,7 @@ def scene_tasks(size, vocab, n=200):
 
 
 def scene_data(cfg):
-    """20,000 training and 2,000 validation scenes, and both tasks."""
+    """20,000 scenes to train on, 2,000 to validate (new drawings, few new captions); both tasks."""
     torch.manual_seed(cfg.seed)
     size = cfg.image_size or 32
     n = min(20_000, cfg.limit or 20_000)
@@ -476,7 +476,7 @@ class Config:
         self.out = str(self.out or f"runs/{now}-{self.name()}-seed{self.seed}")
 
     def weights(self):
-        """{argument of cgap_loss: weight} of its terms, including any that you add."""
+        """{argument of cgap_loss between temperature and center: weight}: its terms, and yours."""
         names = [*inspect.signature(cgap_loss).parameters][3:-1]
         return {name: getattr(self, name) for name in names}
 
@@ -487,7 +487,7 @@ class Config:
         return known.get(spelled, "CLIP+" + spelled) + "-centred" * self.center
 
 
-# -- 7. Training -----------------------------------------------------------------------------------
+# -- 7. Training (gather, autocast, RANK, WORLD_SIZE: section 10) ----------------------------------
 def do_tasks(model, tasks):
     """Accuracies in zero-shot and in arithmetic (words for attributes, for relations; captions)."""
     scores = unit(encode(model.image, tasks.images)) @ unit(encode(model.text, tasks.prompts)).T
@@ -551,7 +551,7 @@ def track(run, step, model, optimizer, data, quiet):
     is_last = step == cfg.steps
     evaluation = is_last or step % cfg.eval_every == 0
     snapshot = is_last or step % math.ceil(cfg.steps / 30) == 0
-    if cfg.center and (evaluation or snapshot):  # few pairs will do for a picture
+    if cfg.center and (evaluation or snapshot):  # the loss cannot see it
         fold_means(model, *data.train.batch(slice(2048 if evaluation else 256)))
     if snapshot and RANK == 0:
         images, texts = data.val.batch(slice(256))
@@ -569,12 +569,12 @@ def track(run, step, model, optimizer, data, quiet):
                        "   centroids {centroid_distance:.3f}   R@1 {i2t_r1:.3f}".format(**record))
 
 
-def train(cfg, resume=False, model=None, quiet=False):
+def train(cfg, resume=False, model=None, data=None, quiet=False):
     """Train two encoders; returns the history, a list of dicts of metrics. resume: go on with the
-    run in cfg.out. model: your own TwoEncoders. Raises UserError for settings that cannot work."""
+    run in cfg.out. model, data: your own. Raises UserError for settings that cannot work."""
     check(cfg)
     device = pick_device(cfg.device)
-    data = load_data(cfg)
+    data = data or load_data(cfg)
     torch.manual_seed(cfg.seed)
     model = model or TwoEncoders(cfg, len(data.vocab))
     if cfg.remove_gap and not resume:
@@ -629,6 +629,7 @@ def plot_histories(histories, metrics, dim, path, xscale="linear"):
         axis.axhline(ideal.get(metric, math.nan), color="0.5", linestyle=":")
         axis.set(xlabel="training step", title=metric.replace("_", " "), xscale=xscale)
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlim(0)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path)
 
@@ -644,7 +645,8 @@ def draw_pairs(axis, run, number):
     axis.plot(*ends.transpose(0, 1).flatten(0, 1).T, color="0.8", linewidth=0.5)
     for cloud, marker, label in zip(points, "o^", ("images", "texts")):
         axis.plot(*cloud.T, marker, markersize=3, label=label)
-    axis.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xlabel="along the gap",
+    axis.axis([-1, 1, -1, 1])
+    axis.set(aspect="equal", xlabel="along the gap",
              title=f"{run['cfg'].name()}\nstep {step}: centroids {(y - x).norm():.2f} apart")
     axis.legend(loc="lower right")
 
@@ -827,8 +829,7 @@ def pick_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        # a day, as others wait while the first decodes photographs or evaluates
-        torch.distributed.init_process_group(timeout=timedelta(days=1))
+        torch.distributed.init_process_group(timeout=timedelta(days=1))  # the first may decode long
     return device
 
 
@@ -904,8 +905,7 @@ def points(out="runs/points", **settings):
         histories[name] = smallest_gap(offset, unif=weight, align=weight, **settings)
         print(f"{name:22}", *(f"{histories[name][-1][m]:{len(m)}.3f}" for m in shown))
     os.makedirs(out, exist_ok=True)
-    dim = settings.get("dim", Config.dim)
-    plot_histories(histories, shown, dim, f"{out}/points.png", "symlog")
+    plot_histories(histories, shown, settings.get("dim", 128), f"{out}/points.png", "symlog")
     print(f"{out}/points.png")
 
 

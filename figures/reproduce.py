@@ -10,6 +10,7 @@ each claim, results.json and README.md (the gallery) beside this file. The claim
 claims.py; this is a client of cgap.train and cgap.smallest_gap, as a script of yours would be.
 """
 import argparse
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,13 +33,20 @@ from claims import BEST, CLAIMS, INTRO, READINGS, SEP
 
 
 # ---- one run ----
-def make_model(kind, cfg, source):
+OF_DATA = ("data", "limit", "mismatch", "single", "image_size", "same_modality", "batch", "seed")
+
+
+@functools.lru_cache(6)
+def data_of(**settings):
+    """The cgap.Data that these settings ask for: most runs share theirs with others."""
+    return cgap.load_data(cgap.Config(**settings))
+
+
+def make_model(kind, cfg, data, source):
     """The TwoEncoders to start from: None for fresh ones, else as the claim's `model` says."""
     if kind is None:
         return None
-    data = cgap.load_data(cfg)
-    if not source:
-        torch.manual_seed(cfg.seed)  # then the encoders are those that any run starts from
+    torch.manual_seed(cfg.seed + 1000 * bool(source))  # those that any run starts from, or new ones
     model = cgap.TwoEncoders(cfg, len(data.vocab))
     if source:  # its encoders, with or without their projections
         weights = {name: weight for name, weight in cgap.load_run(source)["model"].items()
@@ -62,7 +71,8 @@ def run(job):
     else:
         shutil.rmtree(job["folder"], ignore_errors=True)
         cfg = cgap.Config(**{"eval_every": 10 ** 6, "device": "cpu", **settings}, seed=job["seed"], out=job["folder"])
-        history = cgap.train(cfg, model=make_model(job["model"], cfg, job["source"]), quiet=True)
+        data = data_of(**{name: getattr(cfg, name) for name in OF_DATA})
+        history = cgap.train(cfg, model=make_model(job["model"], cfg, data, job["source"]), data=data, quiet=True)
     history[-1]["seconds"] = time.perf_counter() - began
     Path(job["folder"] + ".json").write_text(json.dumps(history))
 
@@ -90,9 +100,10 @@ def measured(names):
     """{claim: its results}. What has not been run is run, each on one core; what starts from others
     last."""
     jobs, rows = {}, {}
-    for name, claim in ((name, CLAIMS[name]) for name in names):
+    for name in names:
+        claim = CLAIMS[name]
         for label in claim.runs:
-            seeds = range(6, 11 if label in claim.five else 9)  # nothing was chosen by looking at these
+            seeds = range(6, 11 if label in claim.five else 9)  # fresh: no setting was chosen at these
             rows[name, label] = [job_of(claim, label, seed, jobs)["folder"] for seed in seeds]
     Path("runs/reproduce").mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
@@ -247,7 +258,7 @@ def section(name, claim, result):
     lines += [f"- {word}: {'; '.join(texts)}" for word, texts in verdicts.items()]
     histories = [history for row in result["runs"].values() for history in row]
     minutes = sum(history[-1]["seconds"] for history in histories) / 60
-    data = " --data pairs.csv" * (name == "real")
+    data = " --data pairs.csv" * name.startswith("real")
     return "\n".join([*lines, "", f"`python figures/reproduce.py {name}{data}`: {len(histories)} runs, {minutes:.0f} core "
                       "minutes.", ""])
 
@@ -259,11 +270,12 @@ def main():
     parser.add_argument("--write", action="store_true", help="only draw and write the gallery again")
     args = parser.parse_args()
     names = list(CLAIMS) if "all" in args.claims else args.claims
-    if "real" in names and not (args.data or args.write):
-        print("`real` is left out: name pictures with --data FILE; figures/clipart.py says how to get some")
-        names.remove("real")
-    for row in CLAIMS["real"].runs.values() if args.data else ():
-        row["data"] = os.path.abspath(args.data)
+    if not (args.data or args.write):
+        print("without --data FILE real pictures are left out; figures/clipart.py says how to get some")
+        names = [name for name in names if not name.startswith("real")]
+    for row in chain(*(claim.runs.values() for claim in CLAIMS.values())):
+        if "data" in row:
+            row["data"] = os.path.abspath(args.data or "")
     path = HERE / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if not args.write:

@@ -1,4 +1,4 @@
-"""How fast it is: `python figures/speed.py` prints a table, on an idle machine in some minutes.
+"""How fast the loss is: `python figures/speed.py` prints a table, on an idle machine in some minutes.
 
 A ratio is that of the medians of two sides that take turns in one process, so that a busy machine
 slows both. Nothing is asserted.
@@ -6,9 +6,7 @@ slows both. Nothing is asserted.
 import itertools
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -51,15 +49,8 @@ def of_the_loss():
         yield "the same, compiled", t["formulas"] / t["compiled"]
 
 
-def of_the_script():
-    for what, flags in (("default run with CUA, prompt to prompt, s", ["--unif", "1", "--align", "1"]), ("--points, s", ["--points"])):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, cgap.__file__, *flags, "--out", tempfile.mkdtemp() + "/run"], check=True, capture_output=True)
-        yield what, time.perf_counter() - start
-
-
 if __name__ == "__main__":
     torch.set_num_threads(os.cpu_count())
     print("| what | measured |\n|---|---|")
-    for what, value in itertools.chain(of_the_loss(), of_the_script()):
+    for what, value in of_the_loss():
         print(f"| {what} | {value:.3g} |", flush=True)
