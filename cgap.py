@@ -876,7 +876,7 @@ def open_run(cfg, data, model, optimizer, resume):
     if RANK == 0:
         if os.path.exists(cfg.out):
             raise UserError(f"--out {cfg.out} exists: name another, or --resume it")
-        Path(cfg.out).mkdir(parents=True)  # fails if another run is first
+        os.makedirs(cfg.out)  # fails if another run is first
     return {"cfg": cfg, "vocab": data.vocab, "history": [], "snapshots": {}}
 
 
@@ -905,7 +905,7 @@ def points(out="runs/points", **settings):
         histories[name] = smallest_gap(offset, unif=weight, align=weight, **settings)
         print(f"{name:22}", *(f"{histories[name][-1][m]:{len(m)}.3f}" for m in shown))
     os.makedirs(out, exist_ok=True)
-    plot_histories(histories, shown, settings.get("dim", 128), f"{out}/points.png", "symlog")
+    plot_histories(histories, shown, settings.get("dim", Config.dim), f"{out}/points.png", "symlog")
     print(f"{out}/points.png")
 
 

@@ -111,7 +111,7 @@ CLAIMS = {
         + checks([SEP], "20% wrong, T from 1 to .01", "T from 1 to .01"),
         (SEP, SEP100, CENTROIDS, UNIF, T_EFF), points=True),
     "thermostat": Claim(
-        "The gap is a thermostat: T_eff is what the pairs want, whatever T is", LAW, [],
+        "The gap is a thermostat: from a colder T, T_eff ends at what the pairs want", LAW, [],
         ("temperature", T_EFF, CENTROIDS, SEP), picture="lines", drawn=(T_EFF, CENTROIDS)),
     "same-modality": Claim(
         "The same images in both encoders, and no gap to begin with: the loss makes one",
@@ -183,7 +183,7 @@ deviation. No setting was chosen at these seeds, but each side's best T. Ours ra
 """
 READINGS = {
     "losses": """1,500 steps. At T=.01, the authors' setting, CUA closes the gap and keeps retrieval, and is no better at naming. But T=.01 is far from CLIP's best: at .07 or .1 it has hardly a gap and is better at
-all. CUA needs centring to profit from that warmth, and centring without the terms already does most of it; the terms add R@1, attributes and captions. Relations alone fall.
+all. Warmth helps CUA, too, and more with centring. Centring without the terms does as much for zero-shot; the terms add R@1, mixed i2t, attributes, captions. Relations alone fall.
 "Centred once" folds the means into the untrained encoders only: the same as no centring. "Means subtracted" is the cure after training. *Holds*: the difference, paired by seed, is above its standard deviation
 on average; *at every seed*: and above zero at each.""",
     "law": """400 steps. Left two panels, R@1; right two, mixed search. Plain CLIP's T_eff (dotted) is a little colder than the recipe's best T, but on clean pairs, where warmth is wanted at the start only. The grid of T is coarse.""",
@@ -199,8 +199,8 @@ wrong the space is hardly narrow, and still separable. Right: the centroids' dis
     "same-modality": """400 steps. At T=.01 the loss is almost zero at the end, and the gap complete; at .07 little is left of it; centring or CUA prevent it. *Published:* separability near 1 after training to convergence.""",
     "opening": """100 steps; curves: seed 6. Within five steps all but the centred pair have a gap; at T=.07 and with CUA it is closing again.""",
     "steps": """The recipe at 400 steps is ahead of CLIP at 400, and behind CLIP at 800.""",
-    "zero-shot": """Pretrained on scenes of one and two objects with T learned, then 400 steps on 8,000 scenes of two. With the model's projections CUA gains at T=.01; with fresh ones, as the authors had, it does not. Both gain as much from T=.07
-alone. *Published*, d = 128, CLIP / CUA / CUAXU: ImageNet .133/.138/.148, CIFAR-100 .318/.335/.345, Caltech .417/.483/.486, SIMAT .356/.425/.417.""",
+    "zero-shot": """Pretrained on scenes of one and two objects with T learned, then 400 steps on 8,000 scenes of two. With the model's projections CUA gains at T=.01; with fresh ones, as the authors had, it does not. T=.07 alone gives
+no less. *Published*, d = 128, CLIP / CUA / CUAXU: ImageNet .133/.138/.148, CIFAR-100 .318/.335/.345, Caltech .417/.483/.486, SIMAT .356/.425/.417.""",
     "terms": """400 steps. Alignment alone closes the gap in a narrow space; uniformity alone drives pairs apart; it takes both.""",
     "dimension": """400 steps. At d = 3 a space without a gap is still far from uniform; at d = 8 one of three seeds has a gap. *Published:* separability with CLIP .50 at d = 3 and 16 (one seed), .782 at 32, .999 at 64, 1.000 at 128.""",
     "batch-size": """At equal steps small batches have the wider gap; at equal samples it is otherwise (400 steps of 64).""",

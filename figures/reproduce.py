@@ -274,8 +274,8 @@ def main():
         print("without --data FILE real pictures are left out; figures/clipart.py says how to get some")
         names = [name for name in names if not name.startswith("real")]
     for row in chain(*(claim.runs.values() for claim in CLAIMS.values())):
-        if "data" in row:
-            row["data"] = os.path.abspath(args.data or "")
+        if "data" in row and args.data:
+            row["data"] = os.path.abspath(args.data)
     path = HERE / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if not args.write:
