@@ -73,7 +73,7 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
     mean is not the mean of logs. Raises ValueError for other shapes. Source: paper's L_CUAXU."""
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
         raise ValueError(f"x and y must be (N, D), N > 1, not {(*x.shape,)} and {(*y.shape,)}")
-    with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits err by .2
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 errs by .2 at 1 / T = 100
         x, y = unit(x, center), unit(y, center)
         logits = x @ y.T / temperature  # (N, N)
         matched = torch.arange(len(x), device=x.device)
@@ -185,11 +185,11 @@ def mixed_recall(x, y, group=None):
 # each side one vector that all its points share, like an encoder's bias, and within a few steps
 # a complete gap opens, whatever T is (in 128 dimensions). What matters most is how fast these
 # vectors move, compared with the points: at 1/64 of their learning rate hardly any gap opens.
-# Why two directions, not one common corner? Little ties the two vectors together: what they add to
-# the logits is largely the same for all pairs, and softmax does not see a constant. The little that
-# does tie them closes the gap again where T is high. At T = 0.01 it stays for thousands of steps:
-# while pairs do not fit, shared vectors lower the loss by raising the effective temperature
-# (section 2). The recipe: what the loss does not see (`center`) opens no gap; raise T instead.
+# Why two directions, not one common corner? What the two vectors add to the logits is largely the
+# same for all pairs, and softmax does not see a constant: they need not agree. What little ties
+# them closes the gap again where T is high. At T = 0.01 it stays for thousands of steps: while
+# pairs do not fit, shared vectors lower the loss by raising the effective temperature (section 2).
+# The recipe: `center` hides such vectors from the loss, so that no gap opens; T gives the warmth.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
@@ -308,7 +308,7 @@ def fold_means(model, images, texts):
 
 
 # -- 5. Scenes -------------------------------------------------------------------------------------
-# One or two coloured shapes and an exact caption: perfect pairs, though a batch repeats about one.
+# One or two coloured shapes and an exact caption: perfect pairs, though a batch may hold one twice.
 @dataclass
 class Pairs:
     """Images with K texts each: captions, or the image again."""
@@ -322,7 +322,7 @@ class Pairs:
 
 Data = namedtuple("Data", "train val vocab tasks")  # Pairs, Pairs, {word: number}, Tasks or None
 # Zero-shot: prompts[labels[i]] should be nearest to images[i]. Arithmetic: image pool[query[q]] +
-# text new[q] - text old[q] (words, then captions) should be nearest a pool[i] with correct[q, i].
+# text new[q] - text old[q] (words, then captions) must be nearest to a pool[i] with correct[q, i].
 Tasks = namedtuple("Tasks", "images labels prompts pool query old new correct")
 WORD = re.compile(r"\w+|[^\w\s]")  # "a dog's bowl." -> a, dog, ', s, bowl, .
 

@@ -86,8 +86,8 @@ def place(tmp_path, monkeypatch):
 # ==================================================================================================
 # 1. Closed forms and slow independent references
 # ==================================================================================================
-def mean_exp(distances, t=2):
-    return distances.pow(2).mul(-t).exp().mean().log()
+def mean_exp(distances):
+    return distances.pow(2).mul(-2).exp().mean().log()
 
 
 def paper_loss(x, y, T, unif=0.0, align=0.0, xunif=0.0, center=False):
@@ -127,8 +127,6 @@ def test_the_loss_is_the_same_pasted_elsewhere_under_autocast_and_compiled(loss)
 def test_uniformity_is_exact_where_exponentials_vanish():
     opposite = torch.tensor([[1.0], [-1.0]])
     assert cgap.uniformity(opposite, opposite, t=50).item() == pytest.approx(-200)
-    x, _ = directions(64, 128, 0)
-    assert_close(cgap.uniformity(x.float(), x.float(), t=20).double(), mean_exp(F.pdist(x), 20), 2e-5)
 
 
 ONES = torch.ones(6, 3)
@@ -389,9 +387,8 @@ def test_a_weight_without_a_term_shows_its_traceback(monkeypatch):
 
 def test_the_gap_closes():
     """The paper in ten seconds: with CLIP a gap stays, with uniformity and alignment it goes."""
-    settings = dict(steps=80, limit=300, image_size=8, device="cpu")
-    clip, cua = (cgap.train(Config(**settings, unif=weight, align=weight, out=f"{weight}"), quiet=True)[-1]["centroid_distance"]
-                 for weight in (0, 1))
+    clip, cua = (cgap.train(Config(steps=80, limit=300, image_size=8, device="cpu", unif=weight, align=weight, out=f"{weight}"),
+                            quiet=True)[-1]["centroid_distance"] for weight in (0, 1))
     assert clip > 0.5 and cua < 0.25
 
 
@@ -434,8 +431,7 @@ def photos(folder, n):
 
 def write_csv():
     with open("pairs.csv", "w", newline="", encoding="utf-8-sig") as file:
-        rows = [(f"photos/{name}", text) for name, text in photos(Path("photos"), 50)]
-        csv.writer(file).writerows([("image", "caption"), *rows])
+        csv.writer(file).writerows([("image", "caption"), *((f"photos/{name}", text) for name, text in photos(Path("photos"), 50))])
     return Path("pairs.csv")
 
 
@@ -620,8 +616,7 @@ def test_each_metric_has_a_panel_with_the_histories_that_know_it(monkeypatch):
 
 def test_points_print_a_table_and_draw_a_picture(capsys):
     cgap.main(["--points", "--steps", "30", "--dim", "16"])
-    printed = capsys.readouterr().out
-    assert printed.count("an offset") == 2 and Path("runs/points/points.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.count("an offset") == 2 and Path("runs/points/points.png").stat().st_size > 10_000
 
 
 def test_import_and_help_are_quiet_and_light():
@@ -790,12 +785,17 @@ def test_the_gallery_is_made_of_the_results_and_the_readme_quotes_it(reproduce):
     results = json.loads((reproduce.HERE / "results.json").read_text(encoding="utf-8"))
     assert results.keys() == reproduce.CLAIMS.keys() == reproduce.READINGS.keys()
     sections = [reproduce.section(name, claim, results[name]) for name, claim in reproduce.CLAIMS.items()]
-    assert "\n".join([reproduce.INTRO, *sections]) == (reproduce.HERE / "README.md").read_text(encoding="utf-8")
+    gallery = "\n".join([reproduce.INTRO, *sections])
+    assert gallery == (reproduce.HERE / "README.md").read_text(encoding="utf-8")
     assert all((reproduce.HERE / f"{name}.png").stat().st_size > 10_000 for name in reproduce.CLAIMS)
+    rows = {*re.findall(r"^\|.*\|-?\d\.\d{3}\|.*", README, re.M)}
     for metric in reproduce.CLAIMS["losses"].shown:
         means = [f"{reproduce.values(results['losses'], label, metric).mean():.3f}" for label in (
             "CLIP, T=0.01", "CUA, T=0.01", "CLIP, T=0.1", "CUA centred, T=0.07")]
-        assert f"|{reproduce.spelled(metric)}|{'|'.join(means)}|" in README
+        rows.remove(f"|{reproduce.spelled(metric)}|{'|'.join(means)}|")
+    for row in rows:  # the other tables quote rows of the gallery, without spreads and some columns
+        cells = map(re.escape, row.strip("|").split("|"))
+        assert re.search(r"^\|" + r"[|±](.*\|)?".join(cells), gallery, re.M), row
 
 
 def test_the_exercise_of_the_readme_computes_the_loss_in_strips():

@@ -138,19 +138,25 @@ def mean_std(numbers):
     return f"{numbers.mean():.3f}±{numbers.std():.3f}"
 
 
+def best(result, labels, metric):
+    """The row with the highest mean."""
+    return max(labels, key=lambda label: values(result, label, metric).mean())
+
+
 def verdict(result, metric, more, less):
     """(text, verdict): is the metric of `more` above that of `less`, by more than the standard
     deviation of the difference, paired by seed?"""
+    where = ""
     if str(less).endswith(BEST):
-        plain = [label for label in result["runs"] if label.startswith(less.removesuffix(BEST) + "CLIP, ")]
-        less = max(plain, key=lambda label: values(result, label, metric).mean())
+        where = less.removesuffix(BEST)
+        less = best(result, [label for label in result["runs"] if label.startswith(where + "CLIP, ")], metric)
     a, b = values(result, more, metric), values(result, less, metric)
     n = min(len(z) for z in (a, b) if len(z) > 1)
     difference = a[:n] - b[:n]  # a number has one value for all seeds
     word = "**does not hold**"
     if difference.mean() > difference.std():
         word = "holds at every seed" if (difference > 0).all() else "holds on average"
-    return f"{spelled(metric)} {more} > {less} ({mean_std(difference)})", word
+    return f"{spelled(metric)} {more} > {str(less).removeprefix(where)} ({mean_std(difference)})", word
 
 
 def markdown(heads, rows):
@@ -160,35 +166,36 @@ def markdown(heads, rows):
 def table(claim, result):
     """Mean±standard deviation of what the claim shows; each seed where separability differs."""
     rows = []
-    for label, histories in result["runs"].items():
+    for label in result["runs"]:
         for row in [label + ", at the start"] * claim.starts + [label]:
             apart = SEP in claim.shown and values(result, row, SEP).std() > 0.1
-            cells = [values(result, row, m) if m in histories[0][-1] else None for m in claim.shown]
-            rows.append([row, *("-" if z is None else ", ".join(f"{v:.2f}" for v in z) if apart else mean_std(z)
-                                for z in cells)])
+            cells = [values(result, row, metric) for metric in claim.shown]
+            rows.append([row, *(", ".join(f"{v:.2f}" for v in z) if apart else mean_std(z) for z in cells)])
     return markdown([*map(spelled, claim.shown)], rows)
 
 
 def by_share(result):
     """{share of wrong captions: labels}."""
-    shares = dict.fromkeys(label.split(", ")[0] for label in result["runs"])
-    return {share: [label for label in result["runs"] if label.startswith(share)] for share in shares}
+    shares = {}
+    for label in result["runs"]:
+        shares.setdefault(label.split(", ")[0], []).append(label)
+    return shares
 
 
 def law_table(result):
-    """For each share of wrong captions, the recipe and plain CLIP, each at its best T."""
-    def score(label):
-        return sum(values(result, label, m).mean() for m in ("i2t_r1", "t2i_r1"))
-
+    """For each share of wrong captions, the recipe at the T of its best R@1, and beside it the best
+    of plain CLIP, at whatever T."""
     rows = []
     for share, labels in by_share(result).items():
         T_eff = values(result, f"{share}, CLIP, T=0.01", "effective_temperature")
-        best = [max((label for label in labels if kind in label), key=score) for kind in ("CUA centred", ", CLIP")]
-        T = values(result, best[0], "temperature").mean()
-        rows.append([share, mean_std(T_eff), f"{T:g}", mean_std(T / T_eff), *(
-            mean_std(values(result, label, m)) for label in best for m in ("i2t_r1", "mixed_i2t")), best[1].split("CLIP, ")[1]])
-    return markdown(["T_eff of CLIP, T=0.01", "recipe's best T", "factor", "R@1 i2t", "mixed i2t", "CLIP's best R@1 i2t",
-                     "mixed i2t", "at"], rows)
+        plain, ours = ([label for label in labels if kind in label] for kind in (", CLIP", "CUA centred"))
+        top = best(result, ours, "i2t_r1")
+        T = values(result, top, "temperature").mean()
+        cells = [mean_std(values(result, label, metric)) for metric in ("i2t_r1", "mixed_i2t")
+                 for label in (top, best(result, plain, metric))]
+        rows.append([share, mean_std(T_eff), f"{T:g}", mean_std(T / T_eff), *cells])
+    return markdown(["T_eff of CLIP, T=0.01", "recipe's best T", "factor", "R@1 i2t", "CLIP's best", "mixed i2t",
+                     "CLIP's best"], rows)
 
 
 # ---- pictures ----
@@ -203,10 +210,9 @@ def draw(name, claim, result):
     figure.set_size_inches(14, (1 + 0.24 * len(rows)) * -(-len(axes) // 5))
     for k, (axis, metric) in enumerate(zip(axes, claim.shown)):
         for height, label in enumerate(rows):
-            if metric in rows[label][0][-1]:
-                numbers = values(result, label, metric)
-                axis.plot(numbers, [height] * len(numbers), "o", color="0.6", ms=4)
-                axis.plot(numbers.mean(), height, "|k", ms=12)
+            numbers = values(result, label, metric)
+            axis.plot(numbers, [height] * len(numbers), "o", color="0.6", ms=4)
+            axis.plot(numbers.mean(), height, "|k", ms=12)
         axis.set(xlabel=spelled(metric), ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), rows if k % 5 == 0 else [""] * len(rows))
         axis.grid(axis="y", color="0.9")
@@ -220,6 +226,7 @@ def draw_lines(claim, result, path):
     figure, axes = cgap.canvas(len(panels), len(panels))
     ticks = [.01, .02, .05, .1, .2, .3]
     for axis, (metric, kind) in zip(axes, panels):
+        axis.sharey(axes[panels.index((metric, panels[0][1]))])
         for k, (share, labels) in enumerate(by_share(result).items()):
             shown = [label for label in labels if f", {kind}, T=" in label]
             T = [values(result, label, "temperature").mean() for label in shown]
@@ -230,7 +237,7 @@ def draw_lines(claim, result, path):
         axis.set(xscale="log", xlabel="T", ylabel=spelled(metric), title=kind)
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
-        axis.legend(fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path)
 
 
