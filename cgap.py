@@ -181,15 +181,15 @@ def mixed_recall(x, y, group=None):
 
 
 # -- 3. The smallest gap ---------------------------------------------------------------------------
-# No encoders, only points that the loss may move as it likes. Left alone, they open no gap. Give
-# each side one vector that all its points share, like an encoder's bias, and within a few steps
-# a complete gap opens, whatever T is (in 128 dimensions). What matters most is how fast these
-# vectors move, compared with the points: at 1/64 of their learning rate hardly any gap opens.
+# No encoders, only points that the loss moves as it likes. Left alone, they open no gap. Give each
+# side one vector that all its points share, like an encoder's bias, and within a few steps they are
+# two clouds, at any T (in 128 dimensions). What matters most is how fast these vectors move,
+# compared with the points: at 1/64 of their learning rate hardly any gap opens.
 # Why two directions, not one common corner? What the two vectors add to the logits is largely the
-# same for all pairs, and softmax does not see a constant: they need not agree. What little ties
-# them closes the gap again where T is high. At T = 0.01 it stays for thousands of steps: while
-# pairs do not fit, shared vectors lower the loss by raising the effective temperature (section 2).
-# The recipe: `center` hides such vectors from the loss, so that no gap opens; T gives the warmth.
+# same for all pairs, and softmax does not see a constant: they need not agree. It is not quite
+# constant, and where T is high the gap closes again. At T = 0.01 it stays for thousands of steps:
+# while pairs do not fit, shared vectors lower the loss by raising the effective temperature
+# (section 2). The recipe: `center` hides them from the loss, so that no gap opens; T gives the warmth.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.

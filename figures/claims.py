@@ -111,7 +111,7 @@ CLAIMS = {
         + checks([SEP], "20% wrong, T from 1 to .01", "T from 1 to .01"),
         (SEP, SEP100, CENTROIDS, UNIF, T_EFF), points=True),
     "thermostat": Claim(
-        "The gap is a thermostat: from a colder T, T_eff ends at what the pairs want", LAW, [],
+        "Narrowness is a thermostat: from a colder T, T_eff ends at what the pairs want", LAW, [],
         ("temperature", T_EFF, CENTROIDS, SEP), picture="lines", drawn=(T_EFF, CENTROIDS)),
     "same-modality": Claim(
         "The same images in both encoders, and no gap to begin with: the loss makes one",
@@ -163,8 +163,8 @@ CLAIMS = {
 }
 INTRO = """# Gallery
 
-`python figures/reproduce.py` makes this page, the pictures and `results.json` (with *losses* the animation, the scenes, too). Dots are seeds (6 to 8; in *losses* CLIP and CUA centred, T=.01 and .07, to 10), bars their means; numbers are mean±standard
-deviation, or each seed's where separability differs. Only each loss's best T was chosen at these seeds. Ours ran on two cores of an AMD EPYC (x86_64), Python 3.11.7, torch 2.14.1, one thread a run. Verdicts name CLIP's best row; a bare number is a threshold. Columns are explained in the [README](../README.md#run-it).
+`python figures/reproduce.py` makes this page, the pictures and `results.json` (with *losses* the animation, the scenes, too). Dots are seeds (6 to 8; in *losses* CLIP and CUA centred, T=.01 and .07, to 10), bars their means (*opening*: evaluations); numbers are mean±standard
+deviation, or each seed's where separability spreads by over .1. Only each loss's best T was chosen at these seeds. All ran on two cores of an AMD EPYC, Python 3.11.7, torch 2.14.1, one thread a run. Verdicts name CLIP's best row; a bare number is a threshold. Columns: [README](../README.md#run-it).
 
 <a id="credit"></a>
 ## Before and after this paper
@@ -182,26 +182,23 @@ deviation, or each seed's where separability differs. Only each loss's best T wa
 
 """
 READINGS = {
-    "losses": """1,500 steps. At T=.01, the authors' setting, CUA closes the gap and keeps retrieval, and is no better at naming. But T=.01 is far from CLIP's best: at .07 or .1 it has hardly a gap and is better in
-all. Warmth helps CUA, too, and more with centring. Centring without the terms does as much for zero-shot; the terms add R@1, mixed i2t, attributes, captions. Relations alone fall.
-"Centred once" folds the means into the untrained encoders only: the same as no centring. "Means subtracted" is the cure after training. *Holds*: the difference, paired by seed, is above its standard deviation
-on average; *at every seed*: and above zero at each.""",
-    "law": """400 steps. Left two panels, R@1; right two, mixed search. Plain CLIP's T_eff (dotted) is a little colder than the recipe's best T, and much colder on clean pairs, where warmth is wanted at the start only.""",
+    "losses": """1,500 steps. At T=.01, the authors' setting, CUA closes the gap and keeps retrieval, and is no better at naming. But T=.01 is far from CLIP's best: at .07 or .1 it has hardly a gap, and all is better. Warmth helps CUA, too, and more with centring. Centring without the terms does as much for zero-shot; the terms add R@1, mixed i2t, attributes, captions. Relations alone fall.
+"Centred once" folds the means into the untrained encoders only: the same as no centring. "Means subtracted" is the cure after training. *Holds*: mean difference, paired by seed, above its standard deviation; *at every seed*: all above zero.""",
+    "law": """400 steps. Plain CLIP's T_eff (dotted) is a little colder than the recipe's best T, and much colder on clean pairs, where warmth is wanted at the start only.""",
     "noise": """400 steps where none are named; CLIP is compared at its best, with the recipe at 1.5 times the T_eff of plain CLIP. There it leads in search and zero-shot, in unseen combinations at 1,500 steps only. The T of clean pairs, .07,
 is too cold for mixed search; centring at T=.01 fails.""",
     "little": """A tenth of the scenes, 400 steps: the recipe leads in all but unseen combinations.""",
     "real": """7,685 pictures of Debian's Open Clip Art and Tux Paint packages with human titles ([clipart.py](clipart.py) says how to get them), 1,200 steps. Retrieval is level. Mixed search gains from warmth, the two terms and centring.
 T_eff does not tell the best T: these pairs can be learned by heart.""",
     "real-terms": """The same pictures, 1,200 steps. With a warm T centring adds .02 to .04 for images asking; texts asking gain at .05 and .2, lose at .1. At T=.01 it ruins mixed search.""",
-    "points": """512 pairs of free vectors, 600 steps of Adam; T=.01, d = 128 and an offset where nothing else is named. Where T is high, the gap closes again. Annealing T from 1 leaves no gap, unless pairs are wrong.""",
+    "points": """512 pairs of free vectors, 600 steps of Adam; T=.01, d = 128 and an offset unless named. Where T is high, the gap closes again. Annealing T from 1 leaves no gap, unless pairs are wrong.""",
     "thermostat": """Plain CLIP, 400 steps. Where T is colder than what the pairs want, training narrows the space until T_eff is about that; a T hotter than it is left alone. At T=.1 with a fifth
-wrong the space is hardly narrow, and still separable. Right: the centroids' distance. Dotted: T_eff from T=.01.""",
-    "same-modality": """400 steps. At T=.01 the loss ends near zero, the gap complete; at .07 little is left of it; centring or CUA prevent it. *Published:* separability near 1 after training to convergence.""",
-    "opening": """100 steps; curves: seed 6. Within five steps all but the centred have a gap; at T=.07 and with CUA it is closing again. Dotted: the ideal.""",
+wrong the space is hardly narrow, the modalities still separable. Dotted: T_eff from T=.01.""",
+    "same-modality": """400 steps. At T=.01 the loss ends near zero, the gap complete; at .07 little is left of it; with centring or CUA hardly any stays. *Published:* separability near 1 after training to convergence.""",
+    "opening": """100 steps; curves: seed 6. Within five steps all but the centred have a complete gap; at T=.07 and with CUA it is closing again. Dotted: the ideal.""",
     "steps": """The recipe at 400 steps is ahead of CLIP at 400, and behind CLIP at 800.""",
-    "zero-shot": """Pretrained for 800 steps on scenes of one and two objects with T learned, then 400 steps on 8,000 scenes of two. With the model's projections CUA gains at T=.01; with fresh ones, as the authors had, it does not. T=.07 alone gives
-no less. *Published*, d = 128, CLIP / CUA / CUAXU: ImageNet .133/.138/.148, CIFAR-100 .318/.335/.345, Caltech .417/.483/.486.""",
-    "terms": """400 steps. Alignment alone closes the gap in a narrow space; uniformity alone drives pairs apart; it takes both.""",
+    "zero-shot": """Pretrained for 800 steps on scenes of one and two objects with T learned, then 400 steps on 8,000 scenes of two. With the model's projections CUA gains at T=.01; with fresh ones, as the authors had, it does not. T=.07 alone gives about as much. *Published*, d = 128, CLIP / CUA / CUAXU: ImageNet .133/.138/.148, CIFAR-100 .318/.335/.345, Caltech .417/.483/.486.""",
+    "terms": """400 steps. Alignment alone closes the gap in a narrow space; uniformity alone drives pairs apart; warm and centred, both together are best.""",
     "dimension": """400 steps. At d = 3 a space without a gap is still far from uniform; at d = 8 one of three seeds has a gap. *Published:* separability with CLIP .50 at d = 3 and 16 (one seed), .782 at 32, .999 at 64, 1.000 at 128.""",
-    "batch-size": """At equal steps small batches have the wider gap; at equal samples it is otherwise (400 steps of 64). All are separable.""",
+    "batch-size": """At equal steps small batches have the wider gap; at equal samples it is otherwise (400 steps of 64, 1,600 of 16, 100 of 256). All are separable.""",
 }

@@ -194,8 +194,8 @@ def law_table(result):
         cells = [mean_std(values(result, label, metric)) for metric in ("i2t_r1", "mixed_i2t")
                  for label in (top, best(result, plain, metric))]
         rows.append([share, mean_std(T_eff), f"{T:g}", mean_std(T / T_eff), *cells])
-    return markdown(["T_eff of CLIP, T=0.01", "recipe's best T", "factor", "R@1 i2t", "CLIP's best", "mixed i2t",
-                     "CLIP's best"], rows)
+    return markdown(["T_eff of CLIP, T=0.01", "recipe's best T (R@1)", "factor", "R@1 i2t", "best CLIP", "mixed i2t",
+                     "best CLIP"], rows)
 
 
 # ---- pictures ----
@@ -266,8 +266,7 @@ def section(name, claim, result):
     histories = [history for row in result["runs"].values() for history in row]
     minutes = sum(history[-1]["seconds"] for history in histories) / 60
     data = " --data pairs.csv" * name.startswith("real")
-    return "\n".join([*lines, "", f"`python figures/reproduce.py {name}{data}`: {len(histories)} runs, {minutes:.0f} core "
-                      "minutes.", ""])
+    return "\n".join([*lines, "", f"`python figures/reproduce.py {name}{data}`: {len(histories)} runs, {minutes:.0f} core min.", ""])
 
 
 def main():
