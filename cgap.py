@@ -189,7 +189,7 @@ def mixed_recall(x, y, group=None):
 # same for all pairs, and softmax does not see a constant: they need not agree. It is not quite
 # constant, and where T is high the gap closes again. At T = 0.01 it stays for thousands of steps:
 # while pairs do not fit, shared vectors lower the loss by raising the effective temperature
-# (section 2). The recipe: `center` hides them from the loss, so that no gap opens; T gives the warmth.
+# (section 2). The recipe: `center` hides them from the loss: no gap opens; T gives the warmth.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
