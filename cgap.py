@@ -1,38 +1,46 @@
 # SPDX-License-Identifier: MIT
-"""The contrastive gap in one file: make it, measure it, find its cause, close it.
+"""The contrastive gap in one file: make it, measure it, see why it opens, close it.
 
-CLIP maps a picture and its caption to nearby points of one sphere. Yet pictures end up in one
-region of it and captions in another. "It's Not a Modality Gap" (Fahim, Murphy, Fyshe, arXiv
+CLIP maps a picture and its caption to nearby points of one sphere. Yet all pictures end up in one
+region of it and all captions in another. "It's Not a Modality Gap" (Fahim, Murphy, Fyshe, arXiv
 2405.18570) shows that the contrastive loss itself makes this gap, and that two more terms,
 uniformity and alignment, close it:
 
-    python cgap.py --points                  # the smallest gap: no encoders, a few seconds
+    python cgap.py --points                  # the smallest gap: no encoders, some seconds
     python cgap.py                           # two encoders and the CLIP loss: a gap
     python cgap.py --unif 1 --align 1        # two more terms: it closes
-    python cgap.py --unif 1 --align 1 --center --temperature 0.07   # the recipe: section 3
+
+Part one, the paper                          Part two, the machinery
+  1. The loss, to copy                         7. Scenes: drawn pictures with exact captions
+  2. Measuring the gap                         8. Photographs: COCO or a CSV file, and their words
+  3. The smallest gap: points, no encoders     9. Devices and processes
+  4. Two small encoders                       10. Runs: folders, checkpoints, models to use
+  5. Settings and pairs                       11. Figures
+  6. Training and evaluation                  12. The command line
 
 From Python: `history = train(Config(unif=1, align=1))`.
 """
 import argparse
 import csv
+import functools
 import hashlib
-import inspect
 import json
 import os
 import re
 import sys
 import time
+import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
-from torch import nn
 from tqdm import tqdm
 
-__version__ = "3.0"
+__version__ = "4.0"
 
 # PART ONE: THE PAPER ==============================================================================
 # -- 1. The loss -----------------------------------------------------------------------------------
@@ -45,51 +53,95 @@ __version__ = "3.0"
 import math
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+def as_pairs(x, y):
+    """x and y, (N, D), row i of one paired with row i of the other, as tensors of float32 or better.
+    Raises ValueError for other shapes: these may give a number, too, but a wrong one."""
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
+        raise ValueError("x and y must both be (N, D), N > 1, with a row for each pair (of several "
+                         f"captions of an image, take one); they are {(*x.shape,)}, {(*y.shape,)}")
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return x.to(dtype), y.to(dtype)
 
 
 def unit(z, center=False):
-    """The rows of z (N, D), without their mean if `center`, at length 1, in float32 or better."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    """The rows of z (N, D), without their mean if `center`, at length 1."""
     return F.normalize(z - z.mean(0) if center else z, dim=1)
+
+
+def clip_loss(x, y, temperature):
+    """The CLIP loss of unit vectors (N, D), a scalar: the cross-entropy of finding each one's
+    partner in the batch, mean of both directions. ln N is a guess, 0 perfect.
+    Source: Radford et al., arXiv 2103.00020, figure 3."""
+    logits = x @ y.T / temperature  # (N, N)
+    matched = torch.arange(len(x), device=x.device)
+    return (F.cross_entropy(logits, matched) + F.cross_entropy(logits.T, matched)) / 2
 
 
 def uniformity(x, y, t=2.0):
     """log mean_{i != j} exp(-t |x_i - y_j|^2) of unit vectors (N, D): a scalar, -4t to 0, lower the
     farther apart they are. Pairs i = j are left out: their distance is 0, or should be. For one
-    modality: uniformity(x, x). Source: Wang & Isola, arXiv 2005.10242."""
+    modality: uniformity(x, x). Raises as `as_pairs`. Source: Wang & Isola, arXiv 2005.10242."""
+    x, y = as_pairs(x, y)
     N = len(x)
     exponents = 2 * t * (x @ y.T - 1)  # (N, N); on the sphere |a - b|^2 = 2 - 2 a.b
-    return exponents.fill_diagonal_(-math.inf).flatten().logsumexp(0) - math.log(N * (N - 1))
+    itself = torch.eye(N, dtype=torch.bool, device=x.device)
+    total = exponents.masked_fill(itself, -math.inf).flatten().logsumexp(0)
+    # As a tensor: in math.log, torch.compile takes N for a constant, and compiles for each N anew.
+    return total - torch.full((), N * (N - 1.0), dtype=x.dtype, device=x.device).log()
+
+
+def alignment(x, y):
+    """mean_i |x_i - y_i|^2 of unit vectors (N, D): a scalar, 0 to 4, lower the closer pairs are;
+    their mean cosine is 1 - alignment / 2. Source: Wang & Isola, arXiv 2005.10242."""
+    return (x - y).square().sum(1).mean()
 
 
 def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=False):
-    """CLIP + unif * uniformity + align * alignment + xunif * cross-modal uniformity: the total, a
-    scalar to minimise (with unif, often negative), and a dict of its unweighted terms, detached.
+    """CLIP + unif * uniformity + align * alignment + xunif * cross-modal uniformity: a scalar to
+    minimise, often negative.
 
     x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here.
-    temperature: a number or, to learn it, a scalar tensor. center: subtract the batch's means first
-    (section 3 says why); to use the encoders, subtract means over training pairs (`fold_means`).
+    temperature: T, not 1 / T: a number up to 1 or, to learn it, a scalar tensor.
+    center: subtract the batch's means first; `fold_means` then makes ordinary encoders of them.
     With several processes, x and y must be those of all, with gradients (`gather`): the log of a
-    mean is not the mean of logs. Raises ValueError for other shapes. Source: paper's L_CUAXU."""
-    if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
-        raise ValueError(f"x and y must be (N, D), N > 1, not {(*x.shape,)} and {(*y.shape,)}")
+    mean is not the mean of logs. Raises ValueError for other shapes or such a number.
+    Source: the paper's L_CUAXU."""
+    if isinstance(temperature, (int, float)) and not 0 < temperature <= 1:
+        raise ValueError(f"temperature is T, at most 1, not 1 / T: it is {temperature}")
+    x, y = as_pairs(x, y)
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 errs by .2 at 1 / T = 100
         x, y = unit(x, center), unit(y, center)
-        logits = x @ y.T / temperature  # (N, N)
-        matched = torch.arange(len(x), device=x.device)
-        clip = (F.cross_entropy(logits, matched) + F.cross_entropy(logits.T, matched)) / 2
-        terms = {  # name: (weight, value); those of weight 0 are for the log
-            "clip": (1.0, clip),
-            "unif": (unif, (uniformity(x, x) + uniformity(y, y)) / 2),
-            "align": (align, (x - y).square().sum(1).mean()),
-            "xunif": (xunif, uniformity(x, y))}
-    total = sum(weight * value for weight, value in terms.values() if weight)
-    return total, {name: value.detach() for name, (_, value) in terms.items()}
+        loss = clip_loss(x, y, temperature)
+        if unif:  # what has no weight is not computed: it takes time
+            loss = loss + unif * (uniformity(x, x) + uniformity(y, y)) / 2
+        if align:
+            loss = loss + align * alignment(x, y)
+        if xunif:
+            loss = loss + xunif * uniformity(x, y)
+    return loss
 
 
 # -- 2. Measuring the gap --------------------------------------------------------------------------
-# One number is not enough: clouds with one centre can be told apart; clouds that nobody can tell
-# apart can sit in a corner, where all pairs are close.
+# No number tells all. Clouds with one centre can be told apart; clouds that nobody can tell apart
+# can sit in a corner where all pairs are close, or lie in directions of their own, so that a
+# picture's nearest neighbours are pictures. Whatever is measured here takes tensors or arrays.
+def measurable(x, y, least=2):
+    """x and y as unit vectors; ValueError if a measure of them would mean nothing."""
+    x, y = as_pairs(x, y)
+    if len(x) < least or x.shape[1] < 2:
+        raise ValueError(f"x and y must be (N, D), N >= {least}, D > 1, not {(*x.shape,)}")
+    for name, z in (("x", x), ("y", y)):
+        bad = (~z.norm(dim=1).log().isfinite()).nonzero()
+        if len(bad):
+            raise ValueError(f"row {bad[0].item()} of {name} is zero or not finite, and {len(bad)} "
+                             f"of {len(z)} rows are: leave such pairs out")
+    return unit(x), unit(y)
+
+
 def fit_logistic(z, labels, C):
     """The w (D,) that minimises |w'|^2 / 2 + C sum_i log(1 + exp(-s_i z_i.w)), by Newton's method.
     z: (N, D), its last column 1, for the bias, which w' lacks. labels: 0 or 1 for s = -1 or 1."""
@@ -105,123 +157,143 @@ def fit_logistic(z, labels, C):
 
 
 def linear_separability(x, y, C=1.0):
-    """Accuracy of a logistic regression that tells x from y, unit vectors (N, D), on a fifth of the
-    pairs, held out. 1 is a complete gap, 0.5 none. The authors' C = 1 misses tiny gaps."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    """Accuracy of a logistic regression that tells x from y (N, D), normalised here, on a fifth of
+    the pairs, held out. 1 is a complete gap, 0.5 none. The authors' C = 1 misses tiny gaps.
+    Raises ValueError as gap_metrics."""
+    x, y = measurable(x, y, least=5)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     z = F.pad(torch.stack([x, y], 1)[order], (0, 1), value=1.0)  # (N, 2, D + 1)
-    labels = torch.arange(2.0, dtype=z.dtype)
+    labels = torch.arange(2.0, dtype=z.dtype, device=z.device)
     k = int(0.8 * len(x))
     w = fit_logistic(z[:k].flatten(0, 1), labels.repeat(k), C)
-    return ((z[k:] @ w > 0) == labels).double().mean()
+    return ((z[k:] @ w > 0) == labels).double().mean().item()
 
 
 @torch.no_grad()
 def gap_metrics(x, y):
     """All measures of the gap between paired embeddings x, y (N, D), as a dict of floats.
 
-    centroid_distance     |mean x - mean y|, 0 to 2
     linear_separability   can a classifier tell them apart? 0.5 never, 1 always; _c100: C = 100
-    alignment             mean |x_i - y_i|^2, 0 to 4; the pairs' mean cosine is 1 - alignment / 2
-    uniformity_image, uniformity_text, cross_uniformity   -8 to 0
-    effective_rank        dimensions that x uses, 1 to D: exp of the entropy of its variances
+    centroid_distance     |mean x - mean y|, 0 to 2
+    unif, align, xunif    the terms of the loss: uniformity (mean of both), alignment, across
+    margin                mean cosine of pairs less that of strangers, -2 to 2: Tr Cov(x, y)
+    spread                what is left without the means, sqrt(Tr Cov(x) Tr Cov(y)): 0 is a point
+    agreement             margin / spread, -1 to 1: do the two sides vary together?
+    overlap               of Cov(x) and Cov(y), their cosine: 0 if each side varies in directions
+                          of its own, 1 if in the same ones to the same extent
     x, y are normalised here; about 30 N^2 bytes. Raises ValueError for other shapes, N < 5, D < 2,
-    a row that is zero or not finite. Source: the paper; the last, Roy & Vetterli 2007."""
-    x, y = x.cpu().double(), y.cpu().double()  # the CPU first: MPS has no float64
-    if (x.shape != y.shape or x.ndim != 2 or len(x) < 5 or x.shape[1] < 2
-            or not torch.cat([x, y]).norm(dim=1).log().isfinite().all()):
-        raise ValueError("x and y must be (N, D), N > 4, D > 1, without a row that is zero or not "
-                         f"finite, not {(*x.shape,)} and {(*y.shape,)}")
-    x, y = unit(x), unit(y)
-    variances = torch.linalg.eigvalsh(torch.cov(x.T)).clamp(min=0)  # on the principal axes
-    shares = variances / variances.sum().clamp(min=1e-30)
+    a row that is zero or not finite. Source: the paper; the last four are identities of ours."""
+    # The CPU first: MPS has no float64
+    x, y = measurable(*(torch.as_tensor(z).cpu().double() for z in (x, y)), least=5)
+    dx, dy = x - x.mean(0), y - y.mean(0)
+    cov_x, cov_y, cov_xy = (a.T @ b / (len(x) - 1) for a, b in ((dx, dx), (dy, dy), (dx, dy)))
+    spread = (cov_x.trace() * cov_y.trace()).sqrt()
+    tiny = 1e-12  # a cloud that is one point agrees with nothing
     metrics = {
-        "centroid_distance": (x.mean(0) - y.mean(0)).norm(),
         "linear_separability": linear_separability(x, y),
         "linear_separability_c100": linear_separability(x, y, C=100.0),
-        "alignment": (x - y).square().sum(1).mean(),
-        "uniformity_image": uniformity(x, x), "uniformity_text": uniformity(y, y),
-        "cross_uniformity": uniformity(x, y),
-        "effective_rank": torch.special.entr(shares).sum().exp()}
-    return {name: value.item() for name, value in metrics.items()}
-
-
-def ideals(dim):
-    """gap_metrics of 2,000 perfect pairs, uniform on the sphere (uniformity -3.94 at d = 128)."""
-    x = torch.randn(2000, dim, generator=torch.Generator().manual_seed(0))
-    return gap_metrics(x, x)
-
-
-@torch.no_grad()
-def effective_temperature(x, y, temperature):
-    """T / sqrt((1 - |mean x|^2) (1 - |mean y|^2)) of embeddings (N, D), normalised here: about the
-    temperature that softmax feels. What tells pairs apart is what remains without the means, of
-    mean square 1 - |mean|^2. Their cosines, once renormalised, are divided by this, not by T."""
-    x, y = unit(x), unit(y)
-    rest = (1 - x.mean(0).square().sum()) * (1 - y.mean(0).square().sum())
-    return float(temperature / rest.clamp(min=1e-12).sqrt())
-
-
-def recall(x, y, group):
-    """R@1: how often x_i's nearest y shares its group. Unit vectors (N, D); group: (N,) ints."""
-    return (group[(x @ y.T).argmax(1)] == group).float().mean().item()
+        "centroid_distance": (x.mean(0) - y.mean(0)).norm(),
+        "unif": (uniformity(x, x) + uniformity(y, y)) / 2,
+        "align": alignment(x, y),
+        "xunif": uniformity(x, y),
+        "margin": cov_xy.trace(),
+        "spread": spread,
+        "agreement": cov_xy.trace() / spread.clamp(min=tiny),
+        "overlap": (cov_x * cov_y).sum() / (cov_x.norm() * cov_y.norm()).clamp(min=tiny ** 2)}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 @torch.no_grad()
-def mixed_recall(x, y, group=None):
-    """R@1 in one index of images and texts, which unlike `recall` feels a gap: how often the item
-    nearest to x_i (or y_i) is a right partner of the other modality; two floats. Excluded: itself
-    and others of its modality and group. x, y: (N, D), normalised here; about 25 N^2 bytes.
-    group: (N,) integers, equal for equal captions. After arXiv 2507.19054."""
-    both = torch.cat([unit(x), unit(y)])  # (2 N, D)
-    group = torch.arange(len(x), device=x.device) if group is None else group
-    same = group[:, None] == group
+def best_temperature(x, y, batch=64):
+    """The T, of .005 to 1 in steps of 12 %, at which the CLIP loss of paired x, y (N, D) in batches
+    is least once each side's mean is subtracted. On pairs that were held out, wrong ones among them
+    as in training, it says how sure a softmax may be of such pairs. Temperature scaling, Guo et
+    al., arXiv 1706.04599."""
+    x, y = (unit(z, center=True) for z in measurable(x, y))
+    batch = min(batch, len(x))
+    whole = len(x) // batch * batch
+    x, y = (z[:whole].unflatten(0, (-1, batch)) for z in (x, y))  # (batches, batch, D)
+    cosines = x @ y.mT
+    matched = torch.arange(batch, device=x.device).expand(len(x), -1)
+
+    def loss(T):  # of a batch of batches: its softmax is over dimension 1
+        return F.cross_entropy(cosines / T, matched) + F.cross_entropy(cosines.mT / T, matched)
+
+    return min((10 ** (k / 20) for k in range(0, -47, -1)), key=loss)
+
+
+@torch.no_grad()
+def recall(x, y, group=None, mixed=False):
+    """R@1: how often the y nearest to x_i is a right one, and how often the x nearest to y_i; two
+    floats. x, y: (N, D), normalised here, one caption an image. group: (N,) integers, equal for
+    equal captions; None: all differ. Raises ValueError as above.
+    mixed: the same in one index of x and y, which feels a gap: how often the nearest of all, but
+    for itself and others of its modality and group, is a right one of the other modality. About
+    25 N^2 bytes. After Li, Zhang et al., arXiv 2507.19054."""
+    both = torch.cat(measurable(x, y))  # (2 N, D)
+    N = len(both) // 2
+    group = torch.arange(N) if group is None else torch.as_tensor(group)
+    if group.shape != (N,):
+        raise ValueError(f"group must be ({N},), a number for each pair, not {(*group.shape,)}")
+    group = group.to(both.device)
+    same = group[:, None] == group if mixed else torch.ones(N, N, dtype=bool, device=both.device)
     cosines = (both @ both.T).masked_fill_(torch.block_diag(same, same), -math.inf)
     right = group.repeat(2)[cosines.argmax(1)] == group.repeat(2)
-    return right.view(2, -1).float().mean(1).tolist()
+    return right.view(2, N).float().mean(1).tolist()
+
+
+def mixed_recall(x, y, group=None):
+    """`recall` in one index of both modalities."""
+    return recall(x, y, group, mixed=True)
 
 
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # No encoders, only points that the loss moves as it likes. Left alone, they open no gap. Give each
-# side one vector that all its points share, like an encoder's bias, and within a few steps they are
-# two clouds, at any T (in 128 dimensions). What matters most is how fast these vectors move,
-# compared with the points: at 1/64 of their learning rate hardly any gap opens.
-# Why two directions, not one common corner? What the two vectors add to the logits is largely the
-# same for all pairs, and softmax does not see a constant: they need not agree. It is not quite
-# constant, and where T is high the gap closes again. At T = 0.01 it stays for thousands of steps:
-# while pairs do not fit, shared vectors lower the loss by raising the effective temperature
-# (section 2). The recipe: `center` hides them from the loss: no gap opens; T gives the warmth.
+# side one vector that all its points share, like an encoder's bias, and they are two clouds within
+# a step or two. Nothing has to push: in many dimensions two directions are nearly always far apart,
+# so two vectors that move freely part the clouds, even if random numbers move them (`steer`).
+# What keeps the clouds apart is the loss, or rather what it does not do. A softmax sees differences
+# of cosines, divided by T. Where T is warm, pairs must coincide to be sure of each other, and the
+# clouds merge again. Where T is cold, pairs a little closer than strangers suffice: nothing pulls.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
-                 mismatch=0.0, **weights):
+                 mismatch=0.0, steer=None, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
+
     offset: its learning rate, as a multiple of the points'. temperature: a number or a function of
-    the step. mismatch: the share of y permuted, anew at each step. weights: cgap_loss's.
-    Returns a list of dicts: `step`, `effective_temperature`, gap_metrics."""
+    the step. mismatch: the share of wrong pairs, others in each step. steer: a function of the step
+    and the offsets' gradient (2, 1, dim) that returns what to use instead. weights: cgap_loss's.
+    Returns a list of dicts (`step`, gap_metrics, `mixed_i2t`, `mixed_t2i`) and {step: the clouds
+    (2, n, dim)}, both at a few steps."""
     torch.manual_seed(seed)
     cone = torch.randn(dim) / dim ** 0.5
     points = (cone + 0.3 / dim ** 0.5 * torch.randn(2, n, dim)).requires_grad_()
     offsets = torch.zeros(2, 1, dim, requires_grad=True)
     groups = [{"params": [points]}, {"params": [offsets], "lr": 0.01 * offset}]
     optimizer = torch.optim.Adam(groups, lr=0.01)
-    history = []
+    history, clouds = [], {}
     for step in range(steps + 1):
         x, y = points + offsets
-        T = temperature(step) if callable(temperature) else temperature
         if step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 400, steps):
-            history.append({"step": step, **gap_metrics(x, y),
-                            "effective_temperature": effective_temperature(x, y, T)})
+            clouds[step] = unit(torch.stack([x, y]).detach().flatten(0, 1)).view(2, n, dim)
+            mixed = dict(zip(("mixed_i2t", "mixed_t2i"), mixed_recall(x, y)))
+            history.append({"step": step, **gap_metrics(x, y), **mixed})
         i = torch.randperm(n)[:batch]
-        j = mismatched(n, mismatch)[i]
-        loss, _ = cgap_loss(x[i], y[j], T, **weights)
+        j = mismatched(n, mismatch, seed=step)[i]
+        T = temperature(step) if callable(temperature) else temperature
+        loss = cgap_loss(x[i], y[j], T, **weights)
         optimizer.zero_grad()
         loss.backward()
+        if steer:
+            offsets.grad = steer(step, offsets.grad)
         optimizer.step()
-    return history
+    return history, clouds
 
 
-def mismatched(n, share):
-    """The partner of each of n, (n,): itself or, for a random share, another."""
+def mismatched(n, share, seed=0):
+    """The partner of each of n, (n,): itself or, for a random share (two at least), another."""
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    chosen = chosen[:max(2, round(share * n)) if share else 0]
     partner = torch.arange(n)
-    chosen = torch.randperm(n)[:int(share * n)]
     partner[chosen] = chosen.roll(1)
     return partner
 
@@ -280,11 +352,13 @@ class TwoEncoders(nn.Module):
 
 @torch.no_grad()
 def encode(encoder, inputs):
-    """Raw embeddings (N, dim) of images or tokens, float32, on the CPU."""
-    device = encoder.projection.bias.device
-    with autocast(device):  # bfloat16 where it is fast: section 10
-        parts = [encoder(part.to(device)).float().cpu() for part in inputs.split(256)]
-    return torch.cat(parts)
+    """Raw embeddings (N, dim) of images or tokens, where the encoder is, in eval mode."""
+    training = encoder.training
+    encoder.eval()  # else an encoder with BatchNorm or dropout would feel that it is measured
+    device = encoder.projection.weight.device
+    embeddings = torch.cat([encoder(part.to(device)) for part in inputs.split(256)])
+    encoder.train(training)
+    return embeddings
 
 
 @torch.no_grad()
@@ -300,49 +374,264 @@ def remove_initial_gap(model, images, texts):
     last.bias.copy_(turn @ (last.bias - mean_y) + mean_x)
 
 
+@torch.no_grad()
 def fold_means(model, images, texts):
     """Give both encoders a mean of 0 over these pairs, in place. A centred loss does not see it."""
     for encoder, inputs in ((model.image, images), (model.text, texts)):
-        bias = encoder.projection.bias.data
-        bias -= encode(encoder, inputs).mean(0).to(bias.device)
+        encoder.projection.bias -= encode(encoder, inputs).mean(0)
 
 
-# -- 5. Scenes -------------------------------------------------------------------------------------
-# One or two coloured shapes and an exact caption: perfect pairs, though a batch may hold one twice.
+# -- 5. Settings and pairs -------------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake of the user's: the command line prints it as one line and exits with 2."""
+
+
+def setting(default, text, low=0, high=1e9):
+    """A field of Config: its default, what --help says of it, and the numbers that it may be."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high})
+
+
+@dataclass
+class Config:
+    """All settings of a run. Each is a command-line flag."""
+    unif: float = setting(0.0, "weight of uniformity; the paper's CUA is --unif 1 --align 1")
+    align: float = setting(0.0, "weight of alignment")
+    xunif: float = setting(0.0, "weight of cross-modal uniformity; CUAXU is CUA with --xunif 1")
+    center: bool = setting(False, "the loss sees embeddings without their batch's mean")
+    temperature: float = setting(0.01, "T of the CLIP loss, not 1 / T; its start, if learned",
+                                 0.01, 1)
+    learn_temperature: bool = setting(False, "learn T, down to 0.01")
+    data: str = setting("synthetic", "synthetic (drawn scenes), an MS-COCO folder, or a CSV file "
+                        "with the header image,caption")
+    limit: int = setting(0, "scenes to draw for training, or photographs to use of each split at "
+                         "most; 0: 20,000 scenes, all photographs")
+    mismatch: float = setting(0.0, "share of training images with another one's caption", 0, 1)
+    image_size: int = setting(0, "side of the images in pixels; 0: 32 (scenes), 64 (photographs)")
+    cache: str = setting("~/.cache/cgap", "folder for decoded photographs")
+    dim: int = setting(128, "dimension of the shared space", 2)
+    same_modality: bool = setting(False, "a second image encoder instead of the text encoder")
+    remove_gap: bool = setting(False, "start without the gap of untrained encoders")
+    steps: int = setting(1500, "training steps", 1)
+    batch: int = setting(64, "pairs in a batch, over all processes", 2)
+    lr: float = setting(1e-3, "peak learning rate")
+    weight_decay: float = setting(0.1, "weight decay of matrices")
+    seed: int = setting(0, "seed of scenes, weights and batches")
+    device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N or mps")
+    compile: bool = setting(False, "torch.compile the encoders and the loss")
+    eval_every: int = setting(250, "steps between evaluations, with a checkpoint each", 1)
+    out: str = setting("", "new folder for the run; default: runs/<time>-<loss>-seed<seed>")
+
+    def check(self):
+        """Raise UserError for a number that cannot be meant."""
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if f.type is not str and not low <= value <= high:  # nan is not
+                raise UserError(f"{f.name} must be from {low:g} to {high:g}, not {value}")
+
+    def loss_settings(self):
+        """What cgap_loss takes beside embeddings and temperature."""
+        return {"unif": self.unif, "align": self.align, "xunif": self.xunif, "center": self.center}
+
+    def name(self):
+        """The loss in short, for folders and legends."""
+        known = {(0, 0, 0): "CLIP", (1, 1, 0): "CUA", (1, 1, 1): "CUAXU"}
+        spelled = f"CLIP+{self.unif:g}unif+{self.align:g}align+{self.xunif:g}xunif"
+        weights = (self.unif, self.align, self.xunif)
+        return known.get(weights, spelled) + ("-centred" if self.center else "")
+
+
 @dataclass
 class Pairs:
-    """Images with K texts each: captions, or the image again."""
+    """Images with K texts each: captions, or the image again; or whatever your own encoders take."""
     images: torch.Tensor  # (N, 3, S, S) uint8
     texts: torch.Tensor  # (N, K, L) int32, padded with 0, or (N, 1, 3, S, S) uint8
+    group: torch.Tensor | None = None  # (N, K): equal numbers for equal captions; None: all differ
+
+    def __len__(self):
+        return len(self.images)
+
+    def first(self, n):
+        """The first n pairs."""
+        group = None if self.group is None else self.group[:n]
+        return Pairs(self.images[:n], self.texts[:n], group)
 
     def batch(self, i, epoch=0):
         """Images i (indices or a slice), each with one of its texts, another in each epoch."""
         return self.images[i], self.texts[i, epoch % self.texts.shape[1]]
 
 
-Data = namedtuple("Data", "train val vocab tasks")  # Pairs, Pairs, {word: number}, Tasks or None
-# Zero-shot: prompts[labels[i]] should be nearest to images[i]. Arithmetic: image pool[query[q]] +
-# text new[q] - text old[q] (words, then captions) must be nearest to a pool[i] with correct[q, i].
-Tasks = namedtuple("Tasks", "images labels prompts pool query old new correct")
-WORD = re.compile(r"\w+|[^\w\s]")  # "a dog's bowl." -> a, dog, ', s, bowl, .
+# train, val: Pairs. vocab: {word: number}. tasks: Tasks or None.
+Data = namedtuple("Data", "train val vocab tasks")
+# Zero-shot: prompts[labels[i]] should be nearest to images[i]; unseen[i]: never met in training.
+# Arithmetic: image pool[query[q]] + text new[q] - text old[q] (single words, then captions) must be
+# nearest to a pool[i] with correct[q, i].
+Tasks = namedtuple("Tasks", "images labels unseen prompts pool query old new correct")
 
 
-def make_vocab(captions):
-    """{word: number} of the 10,000 most frequent words, after padding and unknown."""
-    counts = Counter(word for text in captions for word in WORD.findall(text.lower()))
-    known = sorted(word for word, _ in counts.most_common(10_000))
-    return {word: number for number, word in enumerate(["<pad>", "<unk>", *known])}
+def prepare(data, cfg):
+    """Data as cfg wants them: limited, of one modality, with wrong captions to train on."""
+    train, val, vocab, tasks = data
+    for pairs in (train, val):
+        if len(pairs.images) != len(pairs.texts) or pairs.texts.ndim < 3:
+            raise UserError("Pairs are images (N, ...) and texts (N, K, ...), K for each image, not "
+                            f"{(*pairs.images.shape,)} and {(*pairs.texts.shape,)}")
+    if cfg.limit:
+        train, val = train.first(cfg.limit), val.first(cfg.limit)
+    if len(train) < cfg.batch or len(val) < 5:
+        raise UserError(f"too few images: {len(train)} for a batch of {cfg.batch}, {len(val)} to "
+                        "measure (5)")
+    if cfg.same_modality:
+        train, val = (Pairs(pairs.images, pairs.images[:, None]) for pairs in (train, val))
+        tasks = None
+    if cfg.mismatch:
+        partner = mismatched(len(train), cfg.mismatch, cfg.seed)
+        train = replace(train, texts=train.texts[partner])
+    return Data(train, val, vocab, tasks)
 
 
-def tokenize(captions, vocab):
-    """Tokens (len(captions), L), int32, of the first CONTEXT words, padded with 0."""
-    rows = []
-    for text in captions:
-        numbers = [vocab.get(word, 1) for word in WORD.findall(text.lower())[:CONTEXT]]
-        rows.append(torch.tensor(numbers, dtype=torch.int32))
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+# -- 6. Training and evaluation --------------------------------------------------------------------
+# From the machinery: rank_and_world() is (0, 1) and gather changes nothing but with several
+# processes (section 9). A run is a dict that is kept in a folder (section 10).
+def do_tasks(model, tasks):
+    """Accuracies in zero-shot and in arithmetic (words for attributes, for relations; captions)."""
+    cosines = unit(encode(model.image, tasks.images)) @ unit(encode(model.text, tasks.prompts)).T
+    named = (cosines.argmax(1).cpu() == tasks.labels).float()
+    pool = unit(encode(model.image, tasks.pool))
+    edit = unit(encode(model.text, tasks.new)) - unit(encode(model.text, tasks.old))
+    query = tasks.query.to(pool.device)
+    scores = (pool[query] + edit) @ pool.T
+    scores.scatter_(1, query[:, None], -math.inf)  # the query itself is no answer
+    found = tasks.correct.gather(1, scores.argmax(1, keepdim=True).cpu()).float()
+    words, captions = found.view(2, 5, -1)  # five words of a scene can change, its relation last
+    right = {"zero_shot": named, "zero_shot_unseen": named[tasks.unseen],
+             "arithmetic_attribute": words[:-1], "arithmetic_relation": words[-1],
+             "arithmetic_caption": captions}
+    return {name: values.mean().item() for name, values in right.items()}
 
 
+def evaluate(model, data, cfg):
+    """A dict: the loss on a batch of training pairs; the gap and search on held-out pairs, the first
+    caption of each of 5,000 images at most; the tasks."""
+    T = torch.exp(-model.log_scale).item()
+    images, texts = data.train.batch(epoch_order(0, len(data.train), cfg.seed)[:cfg.batch])
+    x, y = encode(model.image, images), encode(model.text, texts)
+    loss = cgap_loss(x, y, T, **cfg.loss_settings())
+    if not loss.isfinite():
+        raise UserError("the loss is not finite: lower --lr or raise --temperature")
+    clip = clip_loss(unit(x, cfg.center), unit(y, cfg.center), T)
+    val = data.val.first(5000)
+    images, texts = val.batch(slice(None))
+    x, y = encode(model.image, images), encode(model.text, texts)
+    group = None if val.group is None else val.group[:, 0]
+    partner = mismatched(len(x), cfg.mismatch, cfg.seed).to(x.device)  # as wrong as in training
+    searches = zip(("i2t_r1", "t2i_r1", "mixed_i2t", "mixed_t2i"),
+                   recall(x, y, group) + mixed_recall(x, y, group))
+    return {"train_loss": loss.item(), "train_clip": clip.item(), "temperature": T,
+            "best_temperature": best_temperature(x, y[partner], cfg.batch),
+            **gap_metrics(x, y), **dict(searches),
+            **(do_tasks(model, data.tasks) if data.tasks else {})}
+
+
+@functools.lru_cache(2)  # drawn once an epoch: for COCO it takes milliseconds
+def epoch_order(epoch, n, seed, device="cpu"):
+    """The order of n pairs in an epoch: without state, so that any step can be the next."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return torch.randperm(n, generator=generator).to(device)
+
+
+def next_batch(pairs, step, cfg, device):
+    """This process's share of a step's batch, on the device."""
+    epoch, k = divmod(step, len(pairs) // cfg.batch)
+    order = epoch_order(epoch, len(pairs), cfg.seed, pairs.images.device)
+    rank, world = rank_and_world()
+    batch = pairs.batch(order[k * cfg.batch:(k + 1) * cfg.batch][rank::world], epoch)
+    if device.type == "cuda" and not batch[0].is_cuda:  # pinned, they are copied without waiting
+        batch = [part.pin_memory() for part in batch]
+    return [part.to(device, non_blocking=True) for part in batch]
+
+
+def make_optimizer(model, cfg):
+    """AdamW; weight decay on matrices, not on biases, norms, temperature."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), fused=True)
+
+
+def learning_rate(step, cfg):
+    """The lower of a linear warm-up over a tenth of the steps and a cosine to 0."""
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
+    return cfg.lr * min((step + 1) / (0.1 * cfg.steps), cosine)
+
+
+def observe(run, step, model, optimizer, data, quiet):
+    """Where it is time: a snapshot for the figures; an evaluation and a checkpoint."""
+    cfg = run["cfg"]
+    last = step == cfg.steps
+    evaluating = last or step % cfg.eval_every == 0
+    drawing = last or step % math.ceil(cfg.steps / 30) == 0
+    if cfg.center and (evaluating or drawing):  # the loss cannot see it
+        fold_means(model, *data.train.batch(slice(2048 if evaluating else 256)))
+    if rank_and_world()[0] > 0:
+        return
+    if drawing:
+        images, texts = data.val.batch(slice(256))
+        both = [unit(encode(model.image, images)), unit(encode(model.text, texts))]
+        run["snapshots"][step] = torch.stack(both).half().cpu()
+    if evaluating:
+        record = {"step": step, **evaluate(model, data, cfg)}
+        run["history"].append(record)
+        save_run(run, model, optimizer)
+        if not quiet:
+            tqdm.write("step {step:6}   loss {train_loss:7.3f}   separability {linear_separability"
+                       ":.3f}   R@1 {i2t_r1:.3f}   mixed {mixed_i2t:.3f}".format(**record))
+
+
+def train(cfg, resume=False, model=None, data=None, quiet=False):
+    """Train two encoders; returns the history, a list of dicts of metrics (of several processes,
+    the first has it). resume: go on with the run in cfg.out. data: a Data of your own, with vocab
+    and tasks None where they do not apply. model: your own nn.Module. It has encoders `image` and
+    `text`, each ending in a linear `projection`, and `log_scale`, a parameter, log(1 / T); called
+    with images and texts it gives raw embeddings x, y and T. Raises UserError for what cannot work,
+    before it makes a folder."""
+    cfg = settle(cfg, resume)
+    device = find_device(cfg.device)
+    torch.set_flush_denormal(True)  # most of softmax is below 1e-38, where CPUs are slow
+    with joined(device):
+        data = prepare(data or load_data(cfg), cfg)
+        torch.manual_seed(cfg.seed)
+        model = (model or TwoEncoders(cfg, len(data.vocab))).to(device)
+        check_model(model, data)
+        if cfg.remove_gap and not resume:
+            remove_initial_gap(model, *data.train.batch(slice(2048)))
+        forward, loss_of = executables(model, cfg, device)
+        optimizer = make_optimizer(model, cfg)
+        run = open_run(cfg, data, model, optimizer, resume)
+        if not resume:
+            observe(run, 0, model, optimizer, data, quiet)
+        pairs = move(data.train, device)
+        first = run["history"][-1]["step"] if resume else 0
+        model.train()
+        bar = tqdm(range(first, cfg.steps), cfg.name(), disable=quiet or rank_and_world()[0] > 0)
+        for step in bar:
+            x, y, T = forward(*next_batch(pairs, step, cfg, device))
+            loss = loss_of(gather(x), gather(y), T, **cfg.loss_settings())
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, cfg)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            model.log_scale.data.clamp_(max=math.log(100))  # T >= 0.01, as in OpenAI's CLIP
+            if step % 10 == 0:  # on a GPU, reading the loss waits for it
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            observe(run, step + 1, model, optimizer, data, quiet)
+    return run["history"]
+
+
+# PART TWO: THE MACHINERY ==========================================================================
+# -- 7. Scenes -------------------------------------------------------------------------------------
+# One or two coloured shapes and an exact caption: perfect pairs, though a batch may hold one twice.
 PALETTE = {"red": (.85, .10, .10), "green": (.10, .65, .15), "blue": (.15, .25, .90),
            "yellow": (.95, .90, .15), "purple": (.60, .15, .75), "cyan": (.15, .85, .90),
            "white": (1., 1., 1.), "black": (0., 0., 0.)}
@@ -387,7 +676,7 @@ def random_scenes(n, single):
 def draw_scenes(scenes, size):
     """Images (N, 3, size, size), uint8, jittered in position, size and colour, noisy."""
     palette = torch.tensor(list(PALETTE.values()))
-    axis = (torch.arange(size) + .5) / size
+    ticks = (torch.arange(size) + .5) / size
     images = []
     for part in scenes.split(256):  # small enough to stay in the processor's cache
         n = len(part)
@@ -396,7 +685,7 @@ def draw_scenes(scenes, size):
         radius = .2 + .03 * (2 * torch.rand(n, 2, 1, 1) - 1)
         image = .5 + .15 * (2 * torch.rand(n, 1, 1, 1) - 1)
         for k in (0, 1):
-            across, down = ((axis - centre[:, k, :, None]) / radius[:, k]).unbind(1)  # (n, size)
+            across, down = ((ticks - centre[:, k, :, None]) / radius[:, k]).unbind(1)  # (n, size)
             inside = masks(across[:, None], down[..., None])[part[:, 2 * k + 1], torch.arange(n)]
             inside &= (kind >= k)[:, None, None]  # (n, size, size)
             colour = palette[part[:, 2 * k]] + .08 * torch.randn(n, 3)
@@ -413,435 +702,323 @@ def scene_tasks(size, vocab, n=200):
     images = draw_scenes(single[labels], size)
     scenes = random_scenes(2 * n, 0.0)
     scenes = scenes[(scenes[:, :2] != scenes[:, 2:4]).all(1)][:n]  # a word then names one object
+    edited, old, new = [], [], []
+    for k, names in enumerate(WORDS):
+        edit = scenes.clone()
+        edit[:, k] = (edit[:, k] + torch.randint(1, len(names), (len(edit),))) % len(names)
+        edited.append(edit)
+        old += [names[i] for i in scenes[:, k]]
+        new += [names[i] for i in edit[:, k]]
+    edited = torch.cat(edited)  # (5 n, 5)
     query = torch.arange(len(scenes)).repeat(len(WORDS))
-    edited = scenes[query]
-    old, new = [], []
-    for k, (names, rows) in enumerate(zip(WORDS, edited.split(len(scenes)))):  # rows: views
-        old += [names[i] for i in rows[:, k]]
-        rows[:, k] = (rows[:, k] + torch.randint(1, len(names), (len(rows),))) % len(names)
-        new += [names[i] for i in rows[:, k]]
     pool = torch.cat([scenes, edited])
     correct = (edited[:, None] == pool).all(2)  # equal scenes are equally right
-    return Tasks(images, labels, tokenize(describe(single), vocab), draw_scenes(pool, size),
-                 query.repeat(2), tokenize(old + describe(scenes[query]), vocab),
+    return Tasks(images, labels, UNSEEN[labels], tokenize(describe(single), vocab),
+                 draw_scenes(pool, size), query.repeat(2),
+                 tokenize(old + describe(scenes[query]), vocab),
                  tokenize(new + describe(edited), vocab), correct.repeat(2, 1))
 
 
 def scene_data(cfg):
-    """20,000 scenes to train on, 2,000 to validate (new drawings, few new captions); both tasks."""
+    """Scenes to train on, 2,000 to validate (new drawings, few new captions), and both tasks."""
     torch.manual_seed(cfg.seed)
     size = cfg.image_size or 32
-    n = min(20_000, cfg.limit or 20_000)
-    scenes = random_scenes(n + min(2_000, n), cfg.single)
+    n = cfg.limit or 20_000
+    scenes = random_scenes(n + min(2_000, n), single=0.1)
     captions = describe(scenes)
     vocab = make_vocab(captions[:n])
     texts = tokenize(captions, vocab)[:, None]  # (N, 1, L)
+    group = group_texts(captions)[:, None]
     images = draw_scenes(scenes, size)
-    return Data(Pairs(images[:n], texts[:n]), Pairs(images[n:], texts[n:]), vocab,
-                scene_tasks(size, vocab))
+    train, val = (Pairs(images[part], texts[part], group[part])
+                  for part in (slice(n), slice(n, None)))
+    return Data(train, val, vocab, scene_tasks(size, vocab))
 
 
-# -- 6. Settings -----------------------------------------------------------------------------------
-@dataclass
-class Config:
-    """All settings of a run. Each is a command-line flag; its comment is the help text."""
-    unif: float = 0.0  # weight of uniformity; CUA is --unif 1 --align 1
-    align: float = 0.0  # weight of alignment
-    xunif: float = 0.0  # weight of cross-modal uniformity; CUAXU is all three
-    center: bool = False  # the loss sees embeddings without their batch's mean
-    temperature: float = 0.01  # T of the CLIP loss; its start, if learned
-    learn_temperature: bool = False  # learn T, at 0.01 or above
-    data: str = "synthetic"  # or an MS-COCO folder or a CSV file (header image,caption)
-    limit: int = 0  # cap on training and validation images each; 0: all
-    mismatch: float = 0.0  # share of training images with wrong captions
-    single: float = 0.1  # share of scenes with a single object
-    image_size: int = 0  # side of the images; 0: 32 (scenes) or 64 (photographs)
-    cache: str = "~/.cache/cgap"  # folder for decoded photographs
-    dim: int = 128  # dimension of the shared space
-    same_modality: bool = False  # a second image encoder instead of the one for texts
-    remove_gap: bool = False  # start without the untrained encoders' gap
-    steps: int = 1500  # training steps
-    batch: int = 64  # pairs in a batch, over all processes
-    lr: float = 1e-3  # peak learning rate
-    weight_decay: float = 0.1  # of matrices
-    seed: int = 0  # of scenes, weights and batches
-    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:N or mps
-    compile: bool = False  # torch.compile the encoders and the loss
-    eval_every: int = 250  # steps between evaluations (of 5,000 pairs at most) and checkpoints
-    out: str = ""  # new folder of the run; else runs/<time>-<loss>-seed<seed>
-
-    def __post_init__(self):
-        self.data = str(self.data)
-        now = time.strftime("%Y%m%d-%H%M%S")
-        self.out = str(self.out or f"runs/{now}-{self.name()}-seed{self.seed}")
-
-    def weights(self):
-        """{argument of cgap_loss between temperature and center: weight}: its terms, and yours."""
-        names = [*inspect.signature(cgap_loss).parameters][3:-1]
-        return {name: getattr(self, name) for name in names}
-
-    def name(self):
-        """The loss in short, for folders and legends."""
-        spelled = "+".join(f"{value:g}{name}" for name, value in self.weights().items() if value)
-        known = {"": "CLIP", "1unif+1align": "CUA", "1unif+1align+1xunif": "CUAXU"}
-        return known.get(spelled, "CLIP+" + spelled) + "-centred" * self.center
+# -- 8. Words, and photographs, decoded once into a cache that later runs map ----------------------
+# Thai to Burmese, Khmer, Kana, Han: without spaces between words, so each character is one
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+                      "\U00020000-\U0003ffff]")
 
 
-# -- 7. Training (gather, autocast, RANK, WORLD_SIZE: section 10) ----------------------------------
-def do_tasks(model, tasks):
-    """Accuracies in zero-shot and in arithmetic (words for attributes, for relations; captions)."""
-    scores = unit(encode(model.image, tasks.images)) @ unit(encode(model.text, tasks.prompts)).T
-    named = (scores.argmax(1) == tasks.labels).float()
-    pool = unit(encode(model.image, tasks.pool))
-    edit = unit(encode(model.text, tasks.new)) - unit(encode(model.text, tasks.old))
-    scores = (pool[tasks.query] + edit) @ pool.T
-    scores.scatter_(1, tasks.query[:, None], -math.inf)  # the query itself is no answer
-    found = tasks.correct.gather(1, scores.argmax(1, keepdim=True)).float()
-    words, captions = found.view(2, len(WORDS), -1)
-    right = {"zero_shot": named, "zero_shot_unseen": named[UNSEEN[tasks.labels]],
-             "arithmetic_attribute": words[:-1], "arithmetic_relation": words[-1],
-             "arithmetic_caption": captions}
-    return {name: values.mean().item() for name, values in right.items()}
+@functools.cache
+def spaced(c):
+    """A character, between spaces unless a word goes on over it."""
+    # Letters, marks (\w has none: most of Hindi's vowels would end words), numbers, joiners
+    in_word = unicodedata.category(c)[0] in "LMN" or c in "\u200c\u200d"
+    return c if in_word and not UNSPACED.match(c) else f" {c} "
 
 
-def evaluate(model, data, cfg):
-    """The loss on training pairs, the gap and retrieval on validation pairs, the tasks: a dict."""
-    T = torch.exp(-model.log_scale).item()
-    images, texts = data.train.batch(slice(cfg.batch))
-    loss, terms = cgap_loss(encode(model.image, images), encode(model.text, texts), T,
-                            **cfg.weights(), center=cfg.center)
-    if not loss.isfinite():
-        raise UserError("the loss is not finite: lower --lr or raise --temperature")
-    images, texts = data.val.batch(slice(5000))
-    x, y = unit(encode(model.image, images)), unit(encode(model.text, texts))
-    record = {"loss": loss.item()}
-    for name in ("clip", *cfg.weights()):
-        record[name] = terms[name].item()  # KeyError: a weight without its term
-    record |= gap_metrics(x, y)
-    record |= {"temperature": T, "effective_temperature": effective_temperature(x, y, T)}
-    group = torch.unique(texts.flatten(1), dim=0, return_inverse=True)[1]
-    record |= {"i2t_r1": recall(x, y, group), "t2i_r1": recall(y, x, group)}
-    record["mixed_i2t"], record["mixed_t2i"] = mixed_recall(x, y, group)
-    return record | (do_tasks(model, data.tasks) if data.tasks else {})
+def words_of(text):
+    """The words of a text, in lower case, and its signs: "a dog's bowl." -> a, dog, ', s, bowl, ."""
+    return "".join(map(spaced, unicodedata.normalize("NFC", text.lower()))).split()
 
 
-def batch_of(step, n, cfg):
-    """This process's rows of a step's batch, and the epoch: no state, so any step can be next."""
-    epoch, k = divmod(step, n // cfg.batch)
-    g = torch.Generator().manual_seed(1_000_003 * cfg.seed + epoch)
-    return torch.randperm(n, generator=g).split(cfg.batch)[k][RANK::WORLD_SIZE], epoch
+def make_vocab(captions):
+    """{word: number} of the 10,000 most frequent words, after padding and unknown."""
+    counts = Counter(word for text in captions for word in words_of(text))
+    known = sorted(word for word, _ in counts.most_common(10_000))
+    return {word: number for number, word in enumerate(["<pad>", "<unk>", *known])}
 
 
-def make_optimizer(model, cfg):
-    """AdamW; weight decay on matrices, not on biases, norms, temperature."""
-    groups = [{"params": [p], "weight_decay": cfg.weight_decay if p.ndim > 1 else 0.0}
-              for p in model.parameters()]
-    return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), fused=True)
+def tokenize(captions, vocab):
+    """Tokens (len(captions), L), int32, of the first CONTEXT words, padded with 0."""
+    rows = []
+    for text in captions:
+        numbers = [vocab.get(word, 1) for word in words_of(text)[:CONTEXT]]
+        rows.append(torch.tensor(numbers or [1], dtype=torch.int32))
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def learning_rate(step, cfg):
-    """The lower of a linear warm-up over a tenth of the steps and a cosine to 0."""
-    cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
-    return cfg.lr * min((step + 1) / (0.1 * cfg.steps), cosine)
+def group_texts(captions):
+    """(N,) numbers, equal for equal texts: not for equal tokens, which may be all unknown or cut."""
+    return torch.tensor([hash(" ".join(words_of(text))) for text in captions])
 
 
-def track(run, step, model, optimizer, data, quiet):
-    """Take a snapshot for the figures and, less often, evaluate and save a checkpoint."""
-    cfg = run["cfg"]
-    is_last = step == cfg.steps
-    evaluation = is_last or step % cfg.eval_every == 0
-    snapshot = is_last or step % math.ceil(cfg.steps / 30) == 0
-    if cfg.center and (evaluation or snapshot):  # the loss cannot see it
-        fold_means(model, *data.train.batch(slice(2048 if evaluation else 256)))
-    if snapshot and RANK == 0:
-        images, texts = data.val.batch(slice(256))
-        both = torch.stack([unit(encode(model.image, images)), unit(encode(model.text, texts))])
-        run["snapshots"][step] = both.half()  # (2, 256, dim)
-    if evaluation and RANK == 0:
-        record = {"step": step, **evaluate(model, data, cfg)}
-        run["history"].append(record)
-        with open(Path(cfg.out, "metrics.jsonl"), "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in run["history"])
-        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save_whole(run | states | {"cfg": asdict(cfg)}, Path(cfg.out, "checkpoint.pt"))
-        if not quiet:
-            tqdm.write("step {step:6}   loss {loss:7.3f}   separability {linear_separability:.3f}"
-                       "   centroids {centroid_distance:.3f}   R@1 {i2t_r1:.3f}".format(**record))
-
-
-def train(cfg, resume=False, model=None, data=None, quiet=False):
-    """Train two encoders; returns the history, a list of dicts of metrics. resume: go on with the
-    run in cfg.out. model, data: your own. Raises UserError for settings that cannot work."""
-    check(cfg)
-    device = pick_device(cfg.device)
-    data = data or load_data(cfg)
-    torch.manual_seed(cfg.seed)
-    model = model or TwoEncoders(cfg, len(data.vocab))
-    if cfg.remove_gap and not resume:
-        remove_initial_gap(model, *data.train.batch(slice(2048)))
-    model.to(device)
-    optimizer = make_optimizer(model, cfg)
-    run = open_run(cfg, data, model, optimizer, resume)
-    loss_of = torch.compile(cgap_loss) if cfg.compile else cgap_loss
-    if cfg.compile:
-        model.compile()
-    forward = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    if not resume:
-        track(run, 0, model, optimizer, data, quiet)
-    start = run["history"][-1]["step"] if resume else 0
-    bar = tqdm(range(start, cfg.steps), cfg.name(), disable=quiet or RANK != 0)
-    for step in bar:
-        images, texts = data.train.batch(*batch_of(step, len(data.train.images), cfg))
-        with autocast(device):
-            x, y, T = forward(images.to(device), texts.to(device))
-        loss, _ = loss_of(gather(x), gather(y), T, **cfg.weights(), center=cfg.center)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.log_scale.data.clamp_(max=math.log(100))  # T >= 0.01, as in OpenAI's CLIP
-        if step % 10 == 0:  # on a GPU, reading the loss waits for it
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        track(run, step + 1, model, optimizer, data, quiet)
-    return run["history"]
-
-
-# -- 8. Figures, drawn from what runs have kept ----------------------------------------------------
-def canvas(n, columns):
-    """A matplotlib figure of n panels, `columns` a row, and the list of them."""
-    from matplotlib.figure import Figure
-    rows = math.ceil(n / columns)
-    figure = Figure(figsize=(4.2 * columns, 4 * rows), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(n)]
-
-
-def plot_histories(histories, metrics, dim, path, xscale="linear"):
-    """A panel for each metric, a line for each of {name: history}, the ideal dotted."""
-    figure, axes = canvas(len(metrics), min(4, len(metrics)))
-    ideal = ideals(dim)
-    for axis, metric in zip(axes, metrics):
-        for name, history in histories.items():
-            steps = [record["step"] for record in history]
-            values = [record.get(metric, math.nan) for record in history]  # nan is not drawn
-            axis.plot(steps, values, "o-", markersize=3, label=name)
-        axis.axhline(ideal.get(metric, math.nan), color="0.5", linestyle=":")
-        axis.set(xlabel="training step", title=metric.replace("_", " "), xscale=xscale)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlim(0)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path)
-
-
-def draw_pairs(axis, run, number):
-    """Snapshot `number`, or the last, in the plane of 0 and both means; grey joins pairs."""
-    step, both = list(run["snapshots"].items())[:number][-1]
-    x, y = both.float().mean(1)  # of (2, n, D)
-    Q, R = torch.linalg.qr(torch.stack([y - x, y + x], 1))
-    points = both.float() @ (Q * R.diagonal().sign())  # (2, n, 2)
-    ends = F.pad(points[:, :100], (0, 0, 0, 0, 0, 1), value=math.nan)  # nan ends a line
-    axis.clear()
-    axis.plot(*ends.transpose(0, 1).flatten(0, 1).T, color="0.8", linewidth=0.5)
-    for cloud, marker, label in zip(points, "o^", ("images", "texts")):
-        axis.plot(*cloud.T, marker, markersize=3, label=label)
-    axis.axis([-1, 1, -1, 1])
-    axis.set(aspect="equal", xlabel="along the gap",
-             title=f"{run['cfg'].name()}\nstep {step}: centroids {(y - x).norm():.2f} apart")
-    axis.legend(loc="lower right")
-
-
-def animate(runs, path):
-    """All of training, the runs side by side, as path.gif; its end as path.png."""
-    from matplotlib.animation import FuncAnimation
-    figure, axes = canvas(len(runs), len(runs))
-
-    def frame(k):
-        for axis, run in zip(axes, runs):
-            draw_pairs(axis, run, k + 1)
-    frames = max(len(run["snapshots"]) for run in runs) + 5  # it rests at the end
-    FuncAnimation(figure, frame, frames).save(f"{path}.gif", "pillow", dpi=80)
-    figure.savefig(f"{path}.png")
-
-
-def plot(folders, out):
-    """All figures of one run or several."""
-    runs = [load_run(folder) for folder in folders]
-    os.makedirs(out, exist_ok=True)
-    histories = {run["cfg"].out: run["history"] for run in runs}
-    shown = ["linear_separability", "centroid_distance", "effective_rank", "i2t_r1",
-             "mixed_i2t", "loss", "clip", *runs[-1]["cfg"].weights()]
-    plot_histories(histories, shown, runs[0]["cfg"].dim, f"{out}/gap.png")
-    animate(runs, f"{out}/embeddings")
-    print(f"{out}: gap.png, embeddings.gif, embeddings.png")
-
-
-# PART TWO: THE MACHINERY ==========================================================================
-# -- 9. Photographs, decoded once into a cache that later runs map ---------------------------------
-class UserError(Exception):
-    """A mistake of the user's: the command line prints it as one line and exits with 2."""
-
-
-def read_captions(file):
-    """{path: [captions]} of MS-COCO's JSON file, or of a CSV file, whose paths are relative."""
-    captions = defaultdict(list)
-    if file.suffix == ".json":
-        content = json.loads(file.read_bytes())
-        folder = file.parents[1] / file.stem.removeprefix("captions_")
-        paths = {image["id"]: folder / image["file_name"] for image in content["images"]}
-        for note in content["annotations"]:
+def read_coco(file):
+    """{path: [captions]} of MS-COCO's JSON file, and a list of what it lacks."""
+    content = json.loads(file.read_bytes())
+    folder = file.parents[1] / file.stem.removeprefix("captions_")
+    paths = {image["id"]: folder / image["file_name"] for image in content["images"]}
+    captions, faults = {path: [] for path in paths.values()}, []
+    for note in content["annotations"]:
+        if note["image_id"] in paths:
             captions[paths[note["image_id"]]].append(note["caption"])
-    else:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            for row in csv.DictReader(lines):
+        else:
+            faults.append(f"{file}: a caption of image {note['image_id']}, which is not listed")
+    return captions, faults
+
+
+def read_csv(file):
+    """{path: [captions]} of a CSV file, whose paths are relative to it, and nothing lacking."""
+    captions, done = defaultdict(list), 0
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines, strict=True)  # a quote that is never closed is an error
+        try:
+            header = reader.fieldnames or []
+            if not {"image", "caption"} <= set(header):
+                raise csv.Error(f"the header must be image,caption, not {','.join(header)[:80]!r}")
+            done = reader.line_num
+            for row in reader:
                 if None in row:
-                    raise ValueError(f"more than two fields: {row}")
+                    raise csv.Error(f"more than {len(header)} fields: is a comma not in quotes?")
                 captions[file.parent / row["image"]].append(row["caption"])
-    return captions
+                done = reader.line_num
+        except csv.Error as error:
+            raise UserError(f"{file}, the row that starts in line {done + 1}: {error}") from None
+    return captions, []
 
 
 def read_pairs(path):
-    """{split: {path: [captions]}} of `train` and `val`; if need be, a tenth is held out."""
-    older, file, val = [], path, {}
-    try:
-        if path.is_dir():
-            *older, file = sorted(path.glob("annotations/captions_train20??.json"))
-            test = file.with_name(file.name.replace("train", "val"))
-            val = read_captions(test) if test.exists() else val
-        train = read_captions(file)
-    except (ValueError, LookupError, TypeError, csv.Error) as error:
-        raise UserError(f"{path}: no annotations/captions_train20xx.json below it, nor a CSV file "
-                        f"with header image,caption ({type(error).__name__}: {error})") from None
-    if older:  # the splits of different years overlap
-        print(f"{path} holds several years: taking {file.name}", file=sys.stderr)
-    val = val or {image: train.pop(image) for image in list(train)[::10]}
-    return {"train": train, "val": val}
+    """{split: {picture that exists: [captions]}} of `train` and `val` (a tenth of train, if there is
+    no other), and a list of what is lacking."""
+    files = {"train": path}
+    if path.is_dir():
+        years = sorted(path.glob("annotations/captions_train20??.json"))
+        if not years:
+            raise UserError(f"{path} has no annotations/captions_train20xx.json")
+        if len(years) > 1:  # the splits of different years overlap
+            print(f"{path} holds several years: taking {years[-1].name}", file=sys.stderr)
+        files["train"] = years[-1]
+        files["val"] = years[-1].with_name(years[-1].name.replace("train", "val"))
+    pairs, faults = {"val": {}}, []
+    for split, file in files.items():
+        try:
+            if split == "train" or file.exists():
+                captions, lacking = read_coco(file) if path.is_dir() else read_csv(file)
+                found = {image for image in captions if image.exists()}
+                pairs[split] = {image: captions[image] for image in captions if image in found}
+                faults += lacking + [f"{image}: no such file" for image in captions.keys() - found]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is neither like MS-COCO's captions nor a CSV file in UTF-8 "
+                            f"({type(error).__name__}: {error})") from None
+    if not pairs["train"]:
+        raise UserError(f"{path}: none of its pictures is there; {'; '.join(faults[:1])}")
+    if not pairs["val"]:
+        pairs["val"] = {image: pairs["train"].pop(image) for image in list(pairs["train"])[::10]}
+    return pairs, sorted(faults)
 
 
 def load_photo(path, size):
-    """The image, upright, white where transparent, scaled, cropped: (3, size, size) uint8."""
+    """The picture, upright, on white, cropped to a square: (3, size, size) uint8. ValueError if its
+    pixels are numbers of no known range."""
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
     with Image.open(path) as image:
         image.draft(None, (2 * size, 2 * size))  # decodes a JPEG no larger than this needs
-        image = ImageOps.exif_transpose(image).convert("RGBA")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # 0 to 65,535, which `convert` would cut at 255
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range: save it with 8 bits")
+    image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.Resampling.BICUBIC)
     white = Image.new("RGBA", image.size, "white")
     return pil_to_tensor(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def decode(pairs, limit, size):
-    """For the cache: (images, tokens) of each split, with five captions an image; vocab; faults."""
+    """For the cache: {split: (images, tokens, group)}, with five captions an image; vocab; what had
+    to be left out; and the shares of held-out captions that have unknown words or are cut."""
     content = {"faults": []}
 
     def load(item):
         path, captions = item
         texts = [text for text in captions if isinstance(text, str) and re.search(r"\w", text)]
-        if len(texts) < len(captions):
-            content["faults"].append(f"{path} (a caption without words)")
+        if not texts:
+            return f"{path}: no caption with a word in it"
         try:
             return load_photo(path, size), [texts[k % len(texts)] for k in range(5)]
         except Exception as error:  # a broken file may raise anything
-            content["faults"].append(f"{path} ({error})")
+            return f"{path}: {error}"
 
-    for split, captions in pairs.items():
-        items = list(captions.items())[:limit or None]
+    for split in ("train", "val"):
+        items = list(pairs[split].items())[:limit or None]
         with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
-            loaded = [*filter(None, tqdm(pool.map(load, items), f"decoding {split}", len(items)))]
+            loaded = list(tqdm(pool.map(load, items), f"decoding {split}", len(items)))
+        content["faults"] += [fault for fault in loaded if isinstance(fault, str)]
+        loaded = [pair for pair in loaded if not isinstance(pair, str)]
         if not loaded:
-            raise UserError(f"none of {len(items)} images can be used: {content['faults'][:1]}")
+            raise UserError(f"none of {len(items)} pictures can be used: {content['faults'][-1]}")
         images, texts = zip(*loaded)
         texts = list(chain(*texts))
-        if split == "train":
-            content["vocab"] = make_vocab(texts)
-        tokens = tokenize(texts, content["vocab"])  # (5 N, L)
-        content[split] = (torch.stack(images), tokens.unflatten(0, (-1, 5)))
+        content.setdefault("vocab", make_vocab(texts))  # of train, which comes first
+        per_text = tokenize(texts, content["vocab"]), group_texts(texts)  # (5 N, L), (5 N,)
+        content[split] = (torch.stack(images), *(part.unflatten(0, (-1, 5)) for part in per_text))
+    words = [words_of(text) for text in texts]  # of val
+    content["unknown"] = sum(not content["vocab"].keys() >= {*row} for row in words) / len(words)
+    content["cut"] = sum(len(row) > CONTEXT for row in words) / len(words)
     return content
 
 
 def photo_data(cfg):
     """Photographs with their captions, from the cache or decoded into it."""
-    path = Path(cfg.data).absolute()
-    size = cfg.image_size or 64
-    pairs = read_pairs(path)
+    path, size = Path(cfg.data), cfg.image_size or 64
+    pairs, faults = read_pairs(path)
     # The cache's name is a hash of all that decides what is in it: a stale one is never found.
-    dates = [os.path.getmtime(image) for image in chain(*pairs.values()) if os.path.exists(image)]
-    facts = repr((__version__, size, cfg.limit, pairs, dates))
-    key = hashlib.sha256(facts.encode()).hexdigest()
-    cache = Path(cfg.cache).expanduser() / f"{path.stem}-{key}.pt"
-    if RANK == 0 and not cache.exists():
+    dates = [os.path.getmtime(image) for image in chain(*pairs.values())]
+    key = hashlib.sha256(repr((__version__, size, cfg.limit, pairs, dates)).encode()).hexdigest()
+    cache = Path(cfg.cache) / f"{path.stem}-{key}.pt"
+    rank, world = rank_and_world()
+    if rank == 0 and not cache.exists():
         save_whole(decode(pairs, cfg.limit, size), cache)
-    if WORLD_SIZE > 1:
+    if world > 1:
         torch.distributed.barrier()  # the first process makes the cache, the others find it
     try:
         found = torch.load(cache, weights_only=True, mmap=True)
     except (RuntimeError, OSError):
         raise UserError(f"{cache} is damaged: delete it") from None
-    if found["faults"] and RANK == 0:
-        print("warning: left out are", *found["faults"], sep="\n  ", file=sys.stderr)
+    warnings = [f"{found[what]:.0%} of the held-out captions {why}, and may look alike to the model"
+                for what, why in (("unknown", "have words that training has not"),
+                                  ("cut", f"are cut after {CONTEXT} words")) if found[what] > .05]
+    faults += found["faults"]
+    if faults:
+        listed = cache.with_suffix(".txt")
+        listed.write_text("\n".join(faults) + "\n", encoding="utf-8")
+        warnings.append(f"left out: {'; '.join(faults[:3])}; {len(faults)} in all, named in {listed},"
+                        f" with {sum(map(len, pairs.values()))} pictures found")
+    for warning in warnings if rank == 0 else ():
+        print("warning:", warning, file=sys.stderr)
     return Data(Pairs(*found["train"]), Pairs(*found["val"]), found["vocab"], None)
 
 
 def load_data(cfg):
-    """The Data that cfg asks for. Raises UserError where they cannot be used."""
-    data = scene_data(cfg) if cfg.data == "synthetic" else photo_data(cfg)
-    train, val = len(data.train.images), len(data.val.images)
-    if train < cfg.batch or val < 5:
-        raise UserError(f"too few images: {train} for a batch of {cfg.batch}, {val} to measure (5)")
-    if cfg.same_modality:
-        data = data._replace(tasks=None)
-        for pairs in (data.train, data.val):
-            pairs.texts = pairs.images[:, None]
-    if cfg.mismatch:
-        torch.manual_seed(cfg.seed)
-        data.train.texts = data.train.texts[mismatched(train, cfg.mismatch)]
-    return data
+    """The Data that cfg names. Raises UserError where they cannot be used."""
+    return scene_data(cfg) if cfg.data == "synthetic" else photo_data(cfg)
 
 
-# -- 10. Devices and processes ---------------------------------------------------------------------
-RANK = int(os.environ.get("RANK") or 0)  # as torchrun sets them, a process each
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def gather(rows):
-    """The rows (n, D) of all processes, (world * n, D), with the gradient of one's own."""
-    if WORLD_SIZE == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(WORLD_SIZE)]
-    torch.distributed.all_gather(parts, rows.detach())
-    parts[RANK] = rows
-    rows.register_hook(lambda gradient: WORLD_SIZE * gradient)  # as DDP takes the mean
-    return torch.cat(parts)
-
-
-def pick_device(name):
-    """The torch.device of that name, once this process has joined the others."""
+# -- 9. Devices and processes ----------------------------------------------------------------------
+def find_device(name):
+    """The torch.device of that name; `auto` is a GPU if there is one."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"  # as torchrun numbers its processes
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"device {name} cannot be used here; try --device cpu") from None
-    torch.set_flush_denormal(True)  # most of softmax is below 1e-38, where CPUs are slow
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(timeout=timedelta(days=1))  # the first may decode long
+        n = torch.cuda.device_count()
+        raise UserError(f"device {name} cannot be used here ({n} GPUs; each process needs its own); "
+                        "try --device cpu") from None
     return device
 
 
-def autocast(device):
-    """bfloat16 where a GPU has it natively, else nothing."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+@contextmanager
+def joined(device):
+    """Within, this process is one of those that torchrun has started, if it has."""
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    joining = several and not torch.distributed.is_initialized()
+    if joining:  # patiently, as the first may decode for long
+        gpu = device if device.type == "cuda" else None
+        torch.distributed.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1),
+                                             device_id=gpu)
+    yield
+    if joining:
+        torch.distributed.destroy_process_group()
 
 
-# -- 11. Runs --------------------------------------------------------------------------------------
+def rank_and_world():
+    """This process's number and how many there are: (0, 1) if it is alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def gather(rows):
+    """The rows (n, D) of all processes, (world * n, D), for a loss of the whole batch under
+    DistributedDataParallel. Plain all_gather gives constants, through which nothing trains; here
+    one's own rows have a gradient, times `world`, as that takes the mean over processes."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world)]
+    torch.distributed.all_gather(parts, rows.detach().contiguous())
+    parts[rank] = rows + (world - 1) * (rows - rows.detach())  # the value of rows
+    return torch.cat(parts)
+
+
+def move(pairs, device):
+    """Pairs in a GPU's memory, if they fill at most half of what is free: batches are at hand."""
+    size = pairs.images.nbytes + pairs.texts.nbytes
+    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
+        return pairs
+    return Pairs(pairs.images.to(device), pairs.texts.to(device))
+
+
+def executables(model, cfg, device):
+    """What a step calls for (images, texts) and for the loss: compiled, if cfg says so."""
+    alone = rank_and_world()[1] == 1
+    loss_of = cgap_loss
+    if cfg.compile:
+        # On a GPU with recorded graphs: small encoders mostly wait for calls to be issued.
+        mode = "reduce-overhead" if device.type == "cuda" and alone else "default"
+        try:
+            torch.compile(torch.sin)(torch.ones(2, device=device))
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"--compile finds no working compiler here: {reason}") from None
+        model.compile(mode=mode)
+        loss_of = torch.compile(cgap_loss, mode=mode)
+    return model if alone else nn.parallel.DistributedDataParallel(model), loss_of
+
+
+# -- 10. Runs --------------------------------------------------------------------------------------
 # A folder with metrics.jsonl (a line for each evaluation), checkpoint.pt and figures. In memory a
 # dict: cfg, vocab, history, snapshots {step: (2, 256, dim) embeddings of images and texts}.
+def settle(cfg, resume=False):
+    """cfg, checked, with a folder, which must be new, and paths that hold wherever one resumes."""
+    cfg.check()
+    data = cfg.data if cfg.data == "synthetic" else os.path.abspath(cfg.data)
+    cache = os.path.abspath(os.path.expanduser(cfg.cache))
+    out = str(cfg.out)
+    if not out:
+        now, fraction = time.strftime("%Y%m%d-%H%M%S"), f"{time.time() % 1:.3f}"[1:]
+        out = f"runs/{now}{fraction}-{cfg.name()}-seed{cfg.seed}"
+    if os.path.exists(out) and not resume and not int(os.environ.get("RANK") or 0):
+        raise UserError(f"--out {out} exists: name another, or --resume it")
+    return replace(cfg, data=data, cache=cache, out=out)
+
+
 def save_whole(content, path):
     """torch.save, but that name has a whole file at every instant."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -854,18 +1031,52 @@ def save_whole(content, path):
         draft.unlink(missing_ok=True)
 
 
+def save_run(run, model, optimizer):
+    """Write metrics.jsonl and checkpoint.pt."""
+    folder = Path(run["cfg"].out)
+    lines = [json.dumps(record) + "\n" for record in run["history"]]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save_whole(run | states | {"cfg": asdict(run["cfg"])}, folder / "checkpoint.pt")
+
+
 def load_run(folder):
     """The run in a folder. Raises UserError if there is none."""
     path = Path(folder, "checkpoint.pt")
     try:
         run = torch.load(path, weights_only=True, map_location="cpu")
-        return run | {"cfg": Config(**run["cfg"] | {"out": folder})}
+        return run | {"cfg": Config(**run["cfg"] | {"out": str(folder)})}
     except Exception as error:  # whatever a missing, broken or foreign file may raise
         raise UserError(f"{path} is no checkpoint of this cgap ({type(error).__name__})") from None
 
 
+def load_model(folder):
+    """The TwoEncoders of a run, on the CPU, and its vocab: encode(model.image, images) and
+    encode(model.text, tokenize(captions, vocab)) then give raw embeddings."""
+    run = load_run(folder)
+    model = TwoEncoders(run["cfg"], len(run["vocab"]))
+    model.load_state_dict(run["model"])
+    return model.eval(), run["vocab"]
+
+
+def check_model(model, data):
+    """Raise UserError for a model of one's own that train cannot use."""
+    encoders = [getattr(model, name, None) for name in ("image", "text")]
+    ends = [getattr(encoder, "projection", None) for encoder in encoders]
+    if not hasattr(model, "log_scale") or not all(isinstance(end, nn.Linear) for end in ends):
+        raise UserError("a model of your own needs log_scale, image.projection and text.projection:"
+                        " train's docstring says what they are")
+    shapes = [encode(encoder, inputs).shape
+              for encoder, inputs in zip(encoders, data.val.batch(slice(2)))]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+        raise UserError(f"encoders must give (B, D), one D for both, not {[*map(tuple, shapes)]}")
+
+
 def open_run(cfg, data, model, optimizer, resume):
     """A new run in a new folder or, to resume, that in cfg.out, with its weights put in place."""
+    rank, world = rank_and_world()
+    if cfg.batch % world:
+        raise UserError(f"a batch of {cfg.batch} cannot be split over {world} processes")
     if resume:
         run = load_run(cfg.out)
         if run["vocab"] != data.vocab:
@@ -873,82 +1084,175 @@ def open_run(cfg, data, model, optimizer, resume):
         model.load_state_dict(run["model"])
         optimizer.load_state_dict(run["optimizer"])
         return run | {"cfg": cfg}
-    if RANK == 0:
-        if os.path.exists(cfg.out):
-            raise UserError(f"--out {cfg.out} exists: name another, or --resume it")
+    if rank == 0:
         os.makedirs(cfg.out)  # fails if another run is first
     return {"cfg": cfg, "vocab": data.vocab, "history": [], "snapshots": {}}
 
 
+# -- 11. Figures, drawn from what runs have kept ---------------------------------------------------
+SHOWN = ("linear_separability", "centroid_distance", "spread", "overlap", "i2t_r1", "mixed_i2t",
+         "unif", "train_loss")
+
+
+def canvas(n, columns, size=3.8):
+    """A matplotlib figure of n panels, `columns` a row, and the list of them."""
+    from matplotlib.figure import Figure
+    rows = math.ceil(n / columns)
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(n)]
+
+
+def plot_metrics(histories, path):
+    """A panel for each metric SHOWN, a line for each of {name: history}."""
+    figure, axes = canvas(len(SHOWN), 4)
+    for axis, metric in zip(axes, SHOWN):
+        for name, history in histories.items():
+            steps = [record["step"] for record in history]
+            axis.plot(steps, [record[metric] for record in history], "o-", ms=3, label=name)
+        axis.set(xlabel="training step", title=metric.replace("_", " "))
+        axis.set_xlim(left=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path)
+
+
+def in_plane(both):
+    """Embeddings of images and texts (2, n, D) in the plane of 0 and both means, the line from one
+    mean to the other across: (2, n, 2). It shows lengths as they are: all lie in the unit circle."""
+    x, y = both.mean(1)
+    across = F.normalize(y - x, dim=0)
+    up = F.normalize(x + y - (x + y) @ across * across, dim=0)
+    return both @ torch.stack([across, up], 1)
+
+
+class Clouds:
+    """A panel with both clouds in the unit circle, and grey lines between some pairs."""
+    def __init__(self, axis, pairs=100):
+        from matplotlib.collections import LineCollection
+        from matplotlib.patches import Circle
+        self.axis, self.pairs = axis, pairs
+        axis.add_patch(Circle((0, 0), 1, fill=False, color="0.7"))
+        self.lines = axis.add_collection(LineCollection([], colors="0.8", linewidths=0.5))
+        self.dots = [axis.plot([], [], marker, ms=2.5)[0] for marker in ("o", "^")]
+        axis.set(aspect="equal", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[])
+
+    def show(self, both, title):
+        """Move them to embeddings (2, n, D): for an animation much faster than to draw anew."""
+        points = in_plane(both.float())
+        self.lines.set_segments(points[:, :self.pairs].transpose(0, 1).numpy())
+        for dots, cloud in zip(self.dots, points):
+            dots.set_data(*cloud.T)
+        self.axis.set_title(title, fontsize=10)
+
+
+def animate(runs, path):
+    """All of training, the runs {label: run} side by side, as path.gif; its end as path.png."""
+    from matplotlib.animation import FuncAnimation
+    figure, axes = canvas(len(runs), len(runs))
+    panels = [Clouds(axis) for axis in axes]
+
+    def frame(k):
+        for panel, (label, run) in zip(panels, runs.items()):
+            step, both = list(run["snapshots"].items())[min(k, len(run["snapshots"]) - 1)]
+            panel.show(both, f"{label}\nstep {step}")
+
+    frame(0)
+    figure.legend(panels[0].dots, ["images", "texts"], loc="outside lower center", ncols=2)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, not for each frame
+    frames = max(len(run["snapshots"]) for run in runs.values()) + 5  # it rests at the end
+    FuncAnimation(figure, frame, frames).save(f"{path}.gif", "pillow", dpi=80)
+    figure.savefig(f"{path}.png")
+
+
+def plot_runs(folders, out):
+    """All figures of one run or several, into the folder `out`."""
+    runs = {}
+    for run in map(load_run, folders):
+        cfg = run["cfg"]
+        label = f"{cfg.name()}, T = {cfg.temperature:g}, seed {cfg.seed}"
+        runs[label if label not in runs else f"{label} ({cfg.out})"] = run
+    os.makedirs(out, exist_ok=True)
+    plot_metrics({label: run["history"] for label, run in runs.items()}, f"{out}/gap.png")
+    animate(runs, f"{out}/embeddings")
+    print(f"{out}: gap.png, embeddings.gif, embeddings.png")
+
+
+def plot_points(rows, path):
+    """The smallest gaps {name: (history, clouds)}: a row each, over steps."""
+    steps = [step for step in (0, 5, 20, 100, 600) if all(step in clouds for _, clouds in rows.values())]
+    figure, axes = canvas(len(rows) * len(steps), len(steps), 2.5)
+    for k, (name, (history, clouds)) in enumerate(rows.items()):
+        for axis, step in zip(axes[k * len(steps):], steps):
+            record = next(record for record in history if record["step"] == step)
+            Clouds(axis, pairs=0).show(clouds[step], f"step {step}: separability "
+                                       f"{record['linear_separability']:.2f}")
+        axes[k * len(steps)].set_ylabel(name)
+    figure.savefig(path)
+
+
 # -- 12. The command line --------------------------------------------------------------------------
-def check(cfg):
-    """Raise UserError for a setting that cannot work."""
-    least = {"temperature": 0.01, "dim": 2, "steps": 1, "batch": 2, "eval_every": 1}
-    for name, value in vars(cfg).items():
-        low = least.get(name, 0)
-        high = 1 if name in ("mismatch", "single") else 1e9
-        if not isinstance(value, str) and not low <= value <= high:  # nan is not
-            raise UserError(f"{name} must be from {low} to {high:g}, not {value}")
-    if cfg.batch % WORLD_SIZE:
-        raise UserError(f"a batch of {cfg.batch} cannot be split over {WORLD_SIZE} processes")
-
-
-def points(out="runs/points", **settings):
-    """Run the smallest gap, print how it ends and draw it."""
+def points(out="runs/points", temperature=0.01, **settings):
+    """Run the smallest gap in four ways, print how each ends and draw them."""
     torch.set_num_threads(1)  # so little work is not worth sharing
     torch.set_flush_denormal(True)
-    shown = ["linear_separability", "centroid_distance", "effective_temperature"]
+    shown = ["linear_separability", "centroid_distance", "spread", "overlap", "mixed_i2t"]
     print(f"{'at the end':22}", *shown)
-    histories = {}
-    for name, offset, weight in (("CLIP", 0, 0), ("CLIP with an offset", 1, 0),
-                                 ("CUA", 0, 1), ("CUA with an offset", 1, 1)):
-        histories[name] = smallest_gap(offset, unif=weight, align=weight, **settings)
-        print(f"{name:22}", *(f"{histories[name][-1][m]:{len(m)}.3f}" for m in shown))
+    rows = {}
+    for name, changes in (("points alone", {"offset": 0}), ("with shared vectors", {}),
+                          ("the same, T = 0.2", {"temperature": 0.2}),
+                          ("the same, CUA", {"unif": 1, "align": 1})):
+        rows[name] = smallest_gap(**{"temperature": temperature} | settings | changes)
+        end = rows[name][0][-1]
+        print(f"{name:22}", *(f"{end[metric]:{len(metric)}.3f}" for metric in shown))
     os.makedirs(out, exist_ok=True)
-    plot_histories(histories, shown, settings.get("dim", Config.dim), f"{out}/points.png", "symlog")
+    plot_points(rows, f"{out}/points.png")
     print(f"{out}/points.png")
 
 
 def run_command(given):
     """Do what the flags say: a dict of those that were given."""
-    useful = {"points": {"temperature", "dim", "seed", "steps", "mismatch", "out"},
-              "plot": {"out"}, "resume": {"device"}}
+    useful = {"points": POINTS, "plot": {"out"}, "resume": {"device"}}
     for mode in useful.keys() & given:
         for name in given.keys() - useful[mode] - {mode}:
             raise UserError(f"--{name} does nothing with --{mode}: leave it out")
     if given.pop("points", False):
-        check(Config(**given))
+        Config(**given).check()
         return points(**given)
     if "plot" in given:
-        return plot(given["plot"], given.get("out", "runs/plot"))
+        return plot_runs(given["plot"], given.get("out", "runs/plot"))
     folder = given.pop("resume", None)
-    cfg = replace(load_run(folder)["cfg"], **given) if folder else Config(**given)
+    cfg = replace(load_run(folder)["cfg"], **given) if folder else settle(Config(**given))
     try:
         history = train(cfg, resume=bool(folder))
     except KeyboardInterrupt:
         print(f"\ninterrupted: if training had begun, --resume {cfg.out} goes on", file=sys.stderr)
         sys.exit(130)
-    if RANK == 0:
-        ideal = ideals(cfg.dim)
-        print(f"\n{cfg.name()}, T = {cfg.temperature:g}, seed {cfg.seed}")
-        print(f"{'start':>34}{'end':>10}{'ideal':>10}")
-        for name, end in history[-1].items():
-            best = f"{ideal[name]:10.3f}" if name in ideal else ""
-            print(f"{name:24}{history[0][name]:10.3f}{end:10.3f}{best}")
-        plot([cfg.out], cfg.out)
+    if history:  # of several processes, only the first has one
+        print(f"\n{cfg.name()}, T = {cfg.temperature:g}, seed {cfg.seed}; train_...: pairs that it "
+              f"trains on, others: held-out pairs\n{'start':>34}{'end':>10}")
+        for name in list(history[-1])[1:]:  # all but the step
+            print(f"{name:24}{history[0][name]:10.3f}{history[-1][name]:10.3f}")
+        plot_runs([cfg.out], cfg.out)
+
+
+POINTS = {"temperature", "dim", "seed", "steps", "mismatch", "out"}  # flags that go with --points
 
 
 def main(argv=None):
     """Run the command line."""
-    parser = argparse.ArgumentParser("cgap.py", argparse.SUPPRESS, __doc__.split("\n")[0],
+    example = "example: python cgap.py --unif 1 --align 1 --temperature 0.1 --mismatch 0.2"
+    parser = argparse.ArgumentParser("cgap.py", argparse.SUPPRESS, __doc__.split("\n")[0], example,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("--points", action="store_true", help="the smallest gap: no encoders")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw a run, or several as one")
-    comments = re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M)
+    parser.add_argument("--points", action="store_true", help="the smallest gap: no encoders; goes "
+                        "with " + ", ".join(f"--{name}" for name in sorted(POINTS)))
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; goes "
+                        "with --device")
+    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw a run, or several as one; "
+                        "goes with --out")
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        text = f"{dict(comments).get(f.name)} (default: {f.default})".replace("%", "%%")
+        default = "" if f.default in ("", False) else f" (default: {f.default})"
+        text = (f.metadata["help"] + default).replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     try:
         run_command(vars(parser.parse_args(argv)))

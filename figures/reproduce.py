@@ -1,13 +1,15 @@
 """Every claim about the gap: run it over seeds, draw it, and write the gallery.
 
-    python figures/reproduce.py                      # all claims, on all cores
-    python figures/reproduce.py points losses        # some of them
-    python figures/reproduce.py real --data pairs.csv  # your pictures, or those of clipart.py
-    python figures/reproduce.py --write              # only draw and write the gallery again
+    python figures/reproduce.py                          # all claims, on all cores
+    python figures/reproduce.py points losses            # some of them
+    python figures/reproduce.py --device cuda --at-a-time 12
+    python figures/reproduce.py photographs --features IMAGES.pt TEXTS.pt      # see heads.py
+    python figures/reproduce.py --write                  # only draw and write the gallery again
 
 Runs that are finished are not run again, and equal runs of two claims are one. Writes a picture for
-each claim, results.json and README.md (the gallery) beside this file. The claims are data, in
-claims.py; this is a client of cgap.train and cgap.smallest_gap, as a script of yours would be.
+each claim, results.json and README.md (the gallery: gallery.md with its tables) beside this file.
+The claims are data, in claims.py; this is a client of cgap.train and cgap.smallest_gap, as a script
+of yours would be.
 """
 import argparse
 import functools
@@ -15,234 +17,288 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch
 from tqdm import tqdm
 
 import cgap
-from claims import BEST, CLAIMS, INTRO, READINGS, SEP
+import heads
+from claims import CLAIMS
+
+# Raise this where a change to cgap.py changes the numbers of its runs, and run the claims again.
+# test_cgap.py sees such a change: it has the numbers of short runs on record.
+NUMBERS = 4
 
 
 # ---- one run ----
-OF_DATA = ("data", "limit", "mismatch", "single", "image_size", "same_modality", "batch", "seed")
+@functools.lru_cache(1)
+def data_of(wrong=None, features=None, **settings):
+    """The cgap.Data that a job asks for: those that come one after the other often share theirs."""
+    if features:
+        return heads.load_features(*features)
+    data = cgap.load_data(cgap.Config(**settings))
+    if wrong == "nobody's":
+        texts = data.train.texts.clone()
+        chosen = torch.randperm(len(texts))[:len(texts) // 5]
+        noise = torch.randint(2, len(data.vocab), texts[chosen].shape, dtype=texts.dtype)
+        texts[chosen] = torch.where(texts[chosen] > 0, noise, 0)
+        data = data._replace(train=cgap.Pairs(data.train.images, texts, data.train.group))
+    if wrong == "in the batch":
+        data = data._replace(train=SwappedInBatch(data.train.images, data.train.texts))
+    return data
 
 
-@functools.lru_cache(6)
-def data_of(**settings):
-    """The cgap.Data that these settings ask for: most runs share theirs with others."""
-    return cgap.load_data(cgap.Config(**settings))
+class SwappedInBatch(cgap.Pairs):
+    """Pairs of which a fifth swap their texts within each batch."""
+
+    def batch(self, i, epoch=0):
+        images, texts = super().batch(i, epoch)
+        seed = int(i.sum()) if torch.is_tensor(i) else 0  # another for each batch
+        return images, texts[cgap.mismatched(len(texts), 0.2, seed)]
 
 
-def make_model(kind, cfg, data, source):
-    """The TwoEncoders to start from: None for fresh ones, else as the claim's `model` says."""
-    if kind is None:
-        return None
-    torch.manual_seed(cfg.seed + 1000 * bool(source))  # those that any run starts from, or new ones
-    model = cgap.TwoEncoders(cfg, len(data.vocab))
-    if source:  # its encoders, with or without their projections
-        weights = {name: weight for name, weight in cgap.load_run(source)["model"].items()
-                   if name != "log_scale" and not (kind == "fresh" and "projection" in name)}
-        model.load_state_dict(weights, strict=False)
-    if kind == "centred once":
-        cgap.fold_means(model, *data.train.batch(slice(2048)))
-    return model
+def start_from(model, cfg, folder, projections):
+    """Give a model the encoders of the run in a folder, with its projections `kept` or `fresh`."""
+    weights = {name: weight for name, weight in cgap.load_run(folder)["model"].items()
+               if name != "log_scale" and not (projections == "fresh" and "projection" in name)}
+    torch.manual_seed(cfg.seed + 1000)  # fresh ones are not those that the other run began with
+    fresh = cgap.TwoEncoders(cfg, len(cgap.load_run(folder)["vocab"]))
+    model.load_state_dict(fresh.state_dict() | weights)
 
 
-def run(job):
+def steering(kind):
+    """What to use as the gradient of the two shared vectors (2, 1, dim)."""
+    generator = torch.Generator().manual_seed(1)
+
+    def steer(step, gradient):
+        if kind == "one side":
+            return gradient * torch.tensor([1.0, 0.0]).view(2, 1, 1)
+        if kind == "one gradient":
+            return gradient.mean(0, keepdim=True).expand_as(gradient)
+        if kind == "random" or step < 20:
+            return torch.randn(gradient.shape, generator=generator)
+        return None if kind == "random, then nothing" else gradient  # None: they stay
+
+    return steer if kind else None
+
+
+def run_job(job):
     """Do one job in a process of its own; its history is then in <folder>.json."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     began = time.perf_counter()
-    settings = dict(job["settings"])
-    if job["points"]:
-        if isinstance(settings.get("temperature"), list):  # from, to, steps: a geometric ramp
-            high, low, steps = settings["temperature"]
-            settings["temperature"] = lambda step: low * (high / low) ** max(0, 1 - step / steps)
-        history = cgap.smallest_gap(seed=job["seed"], **settings)
+    settings, folder = dict(job["settings"]), job["folder"]
+    shutil.rmtree(folder, ignore_errors=True)
+    if job["kind"] == "points":
+        steer = steering(settings.pop("steer", None))
+        history, _ = cgap.smallest_gap(seed=job["seed"], steer=steer, **settings)
+    elif job["kind"] == "heads":
+        data = data_of(features=tuple(job["features"]))
+        history = heads.train_heads(data, folder, seed=job["seed"], device=job["device"], **settings)
     else:
-        shutil.rmtree(job["folder"], ignore_errors=True)
-        cfg = cgap.Config(**{"eval_every": 10 ** 6, "device": "cpu", **settings}, seed=job["seed"], out=job["folder"])
-        data = data_of(**{name: getattr(cfg, name) for name in OF_DATA})
-        history = cgap.train(cfg, model=make_model(job["model"], cfg, data, job["source"]), data=data, quiet=True)
+        start, projections = settings.pop("start", None), settings.pop("projections", None)
+        wrong = settings.pop("wrong", None)
+        cfg = cgap.Config(**{"eval_every": 10 ** 6, **settings}, seed=job["seed"],
+                          device=job["device"], out=folder)
+        data = data_of(wrong=wrong, limit=cfg.limit, seed=cfg.seed)
+        torch.manual_seed(cfg.seed)
+        model = cgap.TwoEncoders(cfg, len(data.vocab))
+        if start:
+            start_from(model, cfg, start, projections)
+        history = cgap.train(cfg, model=model, data=data, quiet=True)
+        if not cfg.same_modality:
+            history[-1] |= heads.search_without_means(model, data)
     history[-1]["seconds"] = time.perf_counter() - began
-    Path(job["folder"] + ".json").write_text(json.dumps(history))
+    Path(folder + ".json").write_text(json.dumps(history))
 
 
 # ---- all of them ----
-# What decides the numbers of a run: all of cgap.py up to its figures
-CODE = (HERE.parent / "cgap.py").read_text(encoding="utf-8").split("\n# -- 8. Figures")[0]
+def job_of(claim, label, seed, options, jobs):
+    """The job of a row of a claim, noted in `jobs` by its folder, which equal jobs share."""
+    settings = dict(claim.rows[label])
+    if "start" in settings:
+        settings["start"] = job_of(claim, settings["start"], seed, options, jobs)["folder"]
+    if claim.kind == "train":
+        defaults = vars(cgap.Config())
+        settings = {name: value for name, value in settings.items()
+                    if name not in defaults or value != defaults[name]}
+    job = {"kind": claim.kind, "settings": settings, "seed": seed}
+    if claim.kind == "heads":
+        job["features"] = options["features"]
+    what = json.dumps([NUMBERS, job], sort_keys=True)
+    job["folder"] = "runs/reproduce/" + hashlib.sha256(what.encode()).hexdigest()[:12]
+    job["device"] = options["device"]
+    jobs[job["folder"]] = job
+    return job
 
 
-def job_of(claim, label, seed, known):
-    """The job of a row of a claim: equal jobs have the same folder, whatever claim they are of."""
-    row = dict(claim.runs[label])
-    model, source = row.pop("model", None), row.pop("source", None)
-    source = source and job_of(claim, source, seed, known)["folder"]
-    if not claim.points:
-        row = {name: value for name, value in row.items() if value != getattr(cgap.Config, name)}
-    what = json.dumps([CODE, claim.points, sorted(row.items()), model, source, seed])
-    folder = "runs/reproduce/" + hashlib.sha256(what.encode()).hexdigest()[:12]
-    known[folder] = {"points": claim.points, "settings": row, "seed": seed, "folder": folder, "model": model,
-                     "source": source}
-    return known[folder]
-
-
-def measured(names):
-    """{claim: its results}. What has not been run is run, each on one core; what starts from others
-    last."""
+def measure(names, options):
+    """{claim: {label: [[first record, last record] of each seed]}}. What has not been run is run,
+    each on one core; what starts from others last."""
     jobs, rows = {}, {}
     for name in names:
         claim = CLAIMS[name]
-        for label in claim.runs:
-            seeds = range(6, 11 if label in claim.five else 9)  # fresh: no setting was chosen at these
-            rows[name, label] = [job_of(claim, label, seed, jobs)["folder"] for seed in seeds]
+        for label in claim.rows:
+            seeds = claim.seeds[:1] if label in claim.once else claim.seeds
+            rows[name, label] = [job_of(claim, label, seed, options, jobs) for seed in seeds]
     Path("runs/reproduce").mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options["at_a_time"], spawn) as pool:
         for later in (False, True):
-            todo = [job for job in jobs.values() if bool(job["source"]) == later
+            todo = [job for job in jobs.values() if ("start" in job["settings"]) == later
                     and not Path(job["folder"] + ".json").exists()]
-            list(tqdm(pool.map(run, todo), "runs", len(todo)))
+            list(tqdm(pool.map(run_job, todo), "runs", len(todo)))
+    results = {name: {} for name in names}
+    for (name, label), row in rows.items():
+        histories = [json.loads(Path(job["folder"] + ".json").read_text()) for job in row]
+        results[name][label] = [[rounded(history[0]), rounded(history[-1])]
+                                for history in histories]
     if "losses" in names:
-        shown = [rows["losses", label][0] for label in ("CLIP, T=0.01", "CUA, T=0.01", "CUA centred, T=0.07")]
-        cgap.animate([cgap.load_run(folder) for folder in shown], HERE / "embeddings")
-        draw_scenes(HERE / "scenes.png")
-    return {name: {"runs": {
-        label: [history if CLAIMS[name].picture == "curves" else [history[0], history[-1]] for history in (
-            json.loads(Path(folder + ".json").read_text(), parse_float=lambda text: round(float(text), 6))
-            for folder in rows[name, label])] for label in CLAIMS[name].runs}} for name in names}
+        shown = ("CLIP, T = 0.01", "CUA, T = 0.01", "CLIP, T = 0.1")
+        runs = {label: cgap.load_run(rows["losses", label][0]["folder"]) for label in shown}
+        cgap.animate(runs, HERE / "embeddings")
+    return results
 
 
-# ---- results: tables and verdicts ----
-def values(result, what, metric):
-    """A metric of a row for each seed; of "row, at the start" at its start; of a number, itself."""
-    if isinstance(what, float):
-        return torch.tensor([what])
-    label, start, _ = what.partition(", at the start")
-    return torch.tensor([history[0 if start else -1][metric] for history in result["runs"][label]])
+def rounded(record):
+    """A record with five digits of each number."""
+    return {name: float(f"{value:.5g}") for name, value in record.items()}
 
 
-def spelled(metric):
-    return {"i2t_r1": "R@1 i2t", "t2i_r1": "R@1 t2i", "effective_temperature": "T_eff"}.get(metric, metric.replace("_", " "))
+# ---- tables ----
+def values(row, metric, end=-1):
+    """A metric of a row for each seed, at the end or (0) at the start; None if it has none."""
+    records = [history[end] for history in row]
+    if metric == "margin_in_T":
+        return torch.tensor([record["margin"] / record["temperature"] for record in records])
+    if any(metric not in record for record in records):
+        return None
+    return torch.tensor([record[metric] for record in records])
 
 
-def mean_std(numbers):
+def cell(numbers):
+    """Mean±standard deviation, or the only one."""
+    if numbers is None:
+        return ""
+    if len(numbers) == 1:
+        return f"{numbers.item():.3f}"
     return f"{numbers.mean():.3f}±{numbers.std():.3f}"
 
 
-def best(result, labels, metric):
-    """The row with the highest mean."""
-    return max(labels, key=lambda label: values(result, label, metric).mean())
+def spelled(metric):
+    """A metric's name for the head of a column."""
+    known = {"i2t_r1": "R@1 i2t", "t2i_r1": "R@1 t2i", "linear_separability": "separability",
+             "linear_separability_c100": "separability C = 100", "centroid_distance": "centroids",
+             "unif": "uniformity", "align": "alignment", "margin_in_T": "margin / T",
+             "mixed_i2t_subtracted": "mixed i2t, means subtracted",
+             "mixed_t2i_subtracted": "mixed t2i, means subtracted"}
+    return known.get(metric, metric.replace("_", " "))
 
 
-def verdict(result, metric, more, less):
-    """(text, verdict): is the metric of `more` above that of `less`, by more than the standard
-    deviation of the difference, paired by seed?"""
-    where = ""
-    if str(less).endswith(BEST):
-        where = less.removesuffix(BEST)
-        less = best(result, [label for label in result["runs"] if label.startswith(where + "CLIP, ")], metric)
-    a, b = values(result, more, metric), values(result, less, metric)
-    n = min(len(z) for z in (a, b) if len(z) > 1)
-    difference = a[:n] - b[:n]  # a number has one value for all seeds
-    word = "**does not hold**"
-    if difference.mean() > difference.std():
-        word = "holds at every seed" if (difference > 0).all() else "holds on average"
-    return f"{spelled(metric)} {more} > {str(less).removeprefix(where)} ({mean_std(difference)})", word
-
-
-def markdown(heads, rows):
-    return "\n".join("|" + "|".join(row) + "|" for row in [["", *heads], ["---"] * (len(heads) + 1), *rows])
-
-
-def table(claim, result):
-    """Mean±standard deviation of what the claim shows; each seed where separability differs."""
-    rows = []
-    for label in result["runs"]:
-        for row in [label + ", at the start"] * claim.starts + [label]:
-            apart = SEP in claim.shown and values(result, row, SEP).std() > 0.1
-            cells = [values(result, row, metric) for metric in claim.shown]
-            rows.append([row, *(", ".join(f"{v:.2f}" for v in z) if apart else mean_std(z) for z in cells)])
-    return markdown([*map(spelled, claim.shown)], rows)
-
-
-def by_share(result):
-    """{share of wrong captions: labels}."""
-    shares = {}
-    for label in result["runs"]:
-        shares.setdefault(label.split(", ")[0], []).append(label)
-    return shares
-
-
-def law_table(result):
-    """For each share of wrong captions, the recipe at the T of its best R@1, and beside it the best
-    of plain CLIP, at whatever T."""
-    rows = []
-    for share, labels in by_share(result).items():
-        T_eff = values(result, f"{share}, CLIP, T=0.01", "effective_temperature")
-        plain, ours = ([label for label in labels if kind in label] for kind in (", CLIP", "CUA centred"))
-        top = best(result, ours, "i2t_r1")
-        T = values(result, top, "temperature").mean()
-        cells = [mean_std(values(result, label, metric)) for metric in ("i2t_r1", "mixed_i2t")
-                 for label in (top, best(result, plain, metric))]
-        rows.append([share, mean_std(T_eff), f"{T:g}", mean_std(T / T_eff), *cells])
-    return markdown(["T_eff of CLIP, T=0.01", "recipe's best T (R@1)", "factor", "R@1 i2t", "best CLIP", "mixed i2t",
-                     "best CLIP"], rows)
+def table(name, rows):
+    """The rows of a claim as Markdown, and what they cost."""
+    claim = CLAIMS[name]
+    lines = ["|" + "|".join(["", *map(spelled, claim.shown)]) + "|",
+             "|---" * (len(claim.shown) + 1) + "|"]
+    for label, row in rows.items():
+        for end, suffix in ((0, ", at the start"), (-1, "")) if claim.starts else ((-1, ""),):
+            cells = [cell(values(row, metric, end)) for metric in claim.shown]
+            lines.append("|" + "|".join([label + suffix, *cells]) + "|")
+    seconds = [history[-1]["seconds"] for row in rows.values() for history in row]
+    features = " --features IMAGES.pt TEXTS.pt" if claim.kind == "heads" else ""
+    lines += ["", f"`python figures/reproduce.py {name}{features}`: {len(seconds)} runs, "
+              f"{sum(seconds) / 60:.0f} core minutes; seeds {', '.join(map(str, claim.seeds))}, "
+              f"where no spread is given {claim.seeds[0]} only."]
+    return "\n".join(lines)
 
 
 # ---- pictures ----
-def draw(name, claim, result):
-    """A picture of a claim: curves over steps, lines over T, or a dot for each seed of each row."""
-    path, rows = HERE / f"{name}.png", result["runs"]
-    if claim.picture == "curves":
-        return cgap.plot_histories({label: row[0] for label, row in rows.items()}, claim.shown, 128, path, "symlog")
-    if claim.picture == "lines":
-        return draw_lines(claim, result, path)
-    figure, axes = cgap.canvas(len(claim.shown), 5)
-    figure.set_size_inches(14, (1 + 0.24 * len(rows)) * -(-len(axes) // 5))
-    for k, (axis, metric) in enumerate(zip(axes, claim.shown)):
-        for height, label in enumerate(rows):
-            numbers = values(result, label, metric)
+def draw_dots(name, rows):
+    """A dot for each seed of each row, in panels; the row with the best first value on top."""
+    panels = CLAIMS[name].drawn or CLAIMS[name].shown[:4]
+    order = sorted(rows, key=lambda label: values(rows[label], panels[0]).mean())
+    figure, axes = cgap.canvas(len(panels), len(panels))
+    figure.set_size_inches(3 + 2.6 * len(panels), 1 + 0.26 * len(rows))
+    for axis, metric in zip(axes, panels):
+        for height, label in enumerate(order):
+            numbers = values(rows[label], metric)
             axis.plot(numbers, [height] * len(numbers), "o", color="0.6", ms=4)
             axis.plot(numbers.mean(), height, "|k", ms=12)
-        axis.set(xlabel=spelled(metric), ylim=(len(rows) - 0.5, -0.5))
-        axis.set_yticks(range(len(rows)), rows if k % 5 == 0 else [""] * len(rows))
+        axis.set(xlabel=spelled(metric), ylim=(-0.5, len(rows) - 0.5))
+        axis.set_yticks(range(len(rows)), order if axis is axes[0] else [""] * len(rows))
         axis.grid(axis="y", color="0.9")
-    figure.savefig(path)
+    figure.savefig(HERE / f"{name}.png")
 
 
-def draw_lines(claim, result, path):
-    """Metrics against T for the recipe and plain CLIP: a line for each share of wrong captions, dots
-    for seeds, dotted where plain CLIP's T_eff ended."""
-    panels = [(metric, kind) for metric in claim.drawn for kind in ("CUA centred", "CLIP") if kind in str(result["runs"].keys())]
-    figure, axes = cgap.canvas(len(panels), len(panels))
-    ticks = [.01, .02, .05, .1, .2, .3]
-    for axis, (metric, kind) in zip(axes, panels):
-        axis.sharey(axes[panels.index((metric, panels[0][1]))])
-        for k, (share, labels) in enumerate(by_share(result).items()):
-            shown = [label for label in labels if f", {kind}, T=" in label]
-            T = [values(result, label, "temperature").mean() for label in shown]
-            seeds = torch.stack([values(result, label, metric) for label in shown])
-            axis.plot(T, seeds.mean(1), color=f"C{k}", label=share)
-            axis.plot(T, seeds, "o", color=f"C{k}", ms=3)
-            axis.axvline(values(result, f"{share}, CLIP, T=0.01", "effective_temperature").mean(), color=f"C{k}", linestyle=":")
-        axis.set(xscale="log", xlabel="T", ylabel=spelled(metric), title=kind)
+def draw_margin(name, rows):
+    """Margin, spread, overlap and mixed search against T: a column for each loss, a line for each
+    share of wrong captions, a dot for each run."""
+    metrics = ("margin", "spread", "overlap", "mixed_i2t")
+    figure, axes = cgap.canvas(2 * len(metrics), 2)
+    figure.set_size_inches(8, 10)
+    ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
+    for k, axis in enumerate(axes):
+        metric, loss = metrics[k // 2], ("CLIP", "CUA")[k % 2]
+        for color, share in enumerate((0, 5, 20, 50)):
+            shown = [row for label, row in rows.items()
+                     if label.startswith(f"{share} % wrong, {loss}, T = ")]
+            T = [values(row, "temperature").mean() for row in shown]
+            means = [values(row, metric).mean() for row in shown]
+            axis.plot(T, means, "-", color=f"C{color}", label=f"{share} % wrong")
+            for t, row in zip(T, shown):
+                numbers = values(row, metric)
+                axis.plot([t] * len(numbers), numbers, "o", color=f"C{color}", ms=3)
+        axis.set(xscale="log", ylim=(-0.04, 1.04), ylabel=spelled(metric) if k % 2 == 0 else "",
+                 title=loss if k < 2 else "", xlabel="T" if k >= 6 else "")
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path)
+        axis.grid(color="0.93")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(HERE / f"{name}.png")
 
 
-def draw_scenes(path):
-    """A contact sheet of validation scenes, larger than the encoders see them."""
+VERDICT = {  # scale: (claim, what stands before the loss in its labels, a warm T)
+    "20,000 drawings, exact captions,\n1,500 steps of 64": ("losses", "", 0.1),
+    "200,000 drawings, a fifth of the captions wrong,\n2,000 steps of 256":
+        ("scale", "20 % wrong, ", 0.15),
+    "7,091 photographs, frozen pretrained encoders,\n1,000 steps of 256": ("photographs", "", 0.1)}
+
+
+def draw_verdict(results):
+    """Mixed search at three scales: cold and warm, without and with the two terms."""
+    figure, axes = cgap.canvas(3, 3)
+    figure.set_size_inches(12, 3.4)
+    for axis, (scale, (claim, where, warm)) in zip(axes, VERDICT.items()):
+        bars = [("CLIP, cold", f"{where}CLIP, T = 0.01", "mixed_i2t"),
+                ("its means subtracted", f"{where}CLIP, T = 0.01", "mixed_i2t_subtracted"),
+                ("CUA, cold", f"{where}CUA, T = 0.01", "mixed_i2t"),
+                ("CLIP, warm", f"{where}CLIP, T = {warm}", "mixed_i2t"),
+                ("CUA, warm", f"{where}CUA, T = {warm}", "mixed_i2t")]
+        for height, (bar, label, metric) in enumerate(reversed(bars)):
+            numbers = values(results[claim][label], metric)
+            color = "C3" if "warm" in bar else "C2" if "CUA" in bar else "C0"
+            axis.barh(height, numbers.mean(), color=color, alpha=0.8)
+            axis.plot(numbers, [height] * len(numbers), "ok", ms=3)
+            axis.text(numbers.mean(), height, f"  {numbers.mean():.3f}", va="center")
+        names = [bar for bar, *_ in reversed(bars)]
+        axis.set_yticks(range(5), names if axis is axes[0] else [""] * 5)
+        highest = max(values(results[claim][label], metric).max() for _, label, metric in bars)
+        axis.set(title=scale, xlim=(0, 1.3 * highest), xlabel="mixed search, image asks")
+        axis.title.set_fontsize(9)
+    figure.savefig(HERE / "verdict.png")
+
+
+def draw_scenes():
+    """A contact sheet of held-out scenes, larger than the encoders see them."""
     data = cgap.load_data(cgap.Config(limit=200, image_size=96))
     words = list(data.vocab)
     figure, axes = cgap.canvas(10, 5)
@@ -251,46 +307,45 @@ def draw_scenes(path):
         axis.axis("off")
         axis.imshow(image.permute(1, 2, 0).numpy())
         axis.set_title(textwrap.fill(" ".join(words[k] for k in tokens if k), 20), fontsize=9)
-    figure.savefig(path)
+    figure.savefig(HERE / "scenes.png", dpi=60)
 
 
 # ---- the gallery ----
-def section(name, claim, result):
-    """The part of the gallery on a claim."""
-    lines = [f'<a id="{name}"></a>', f"## {claim.title}", "", f"![{name}]({name}.png)", "", READINGS[name], ""]
-    lines += [law_table(result) if name == "law" else table(claim, result), ""]
-    verdicts = {}
-    for text, word in (verdict(result, *check) for check in claim.checks):
-        verdicts.setdefault(word, []).append(text)
-    lines += [f"- {word}: {'; '.join(texts)}" for word, texts in verdicts.items()]
-    histories = [history for row in result["runs"].values() for history in row]
-    minutes = sum(history[-1]["seconds"] for history in histories) / 60
-    data = " --data pairs.csv" * name.startswith("real")
-    return "\n".join([*lines, "", f"`python figures/reproduce.py {name}{data}`: {len(histories)} runs, {minutes:.0f} core min.", ""])
+def gallery(results):
+    """gallery.md with the table of each claim in the line that names it: {{table NAME}}."""
+    text = (HERE / "gallery.md").read_text(encoding="utf-8")
+
+    def fill(match):
+        return table(match[1], results[match[1]]) if match[1] in results else "(not run)"
+
+    return re.sub(r"\{\{table ([\w-]+)\}\}", fill, text)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", default="all", choices=["all", *CLAIMS])
-    parser.add_argument("--data", help="CSV file or COCO folder for the claim `real`; figures/clipart.py makes one")
+    parser.add_argument("--features", nargs=2, metavar=("IMAGES.pt", "TEXTS.pt"),
+                        help="for the claim `photographs`: heads.py says what is in them")
+    parser.add_argument("--device", default="cpu", help="as cgap.py's")
+    parser.add_argument("--at-a-time", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--write", action="store_true", help="only draw and write the gallery again")
     args = parser.parse_args()
     names = list(CLAIMS) if "all" in args.claims else args.claims
-    if not (args.data or args.write):
-        print("without --data FILE real pictures are left out; figures/clipart.py says how to get some")
-        names = [name for name in names if not name.startswith("real")]
-    for row in chain(*(claim.runs.values() for claim in CLAIMS.values())):
-        if "data" in row and args.data:
-            row["data"] = os.path.abspath(args.data)
+    if "photographs" in names and not (args.features or args.write):
+        print("without --features photographs are left out: heads.py says what is needed")
+        names = [name for name in names if name != "photographs"]
     path = HERE / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if not args.write:
-        results |= measured(names)
+        results |= measure(names, vars(args))
         path.write_text(json.dumps(results) + "\n")
     for name in set(names) & set(results):
-        draw(name, CLAIMS[name], results[name])
-    sections = [section(name, claim, results[name]) for name, claim in CLAIMS.items() if name in results]
-    (HERE / "README.md").write_text("\n".join([INTRO, *sections]), encoding="utf-8")
+        globals()[CLAIMS[name].picture](name, results[name])
+    if all(claim in results for claim, *_ in VERDICT.values()):
+        draw_verdict(results)
+    draw_scenes()
+    (HERE / "README.md").write_text(gallery(results), encoding="utf-8")
     print(HERE / "README.md")
 
 
