@@ -12,24 +12,13 @@ uniformity and alignment, close it:
 
 Part one, the paper                          Part two, the machinery
   1. The loss, to copy                         7. Scenes: drawn pictures with exact captions
-  2. Measuring the gap                         8. Photographs: COCO or a CSV file, and their words
+  2. Measuring the gap                         8. Words, and photographs: COCO or a CSV file
   3. The smallest gap: points, no encoders     9. Devices and processes
   4. Two small encoders                       10. Runs: folders, checkpoints, models to use
   5. Settings and pairs                       11. Figures
   6. Training and evaluation                  12. The command line
-
-From Python: `history = train(Config(unif=1, align=1))`.
 """
-import argparse
-import csv
-import functools
-import hashlib
-import json
-import os
-import re
-import sys
-import time
-import unicodedata
+import argparse, csv, functools, hashlib, json, os, re, sys, time, unicodedata
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,9 +26,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-
 from tqdm import tqdm
-
 __version__ = "4.0"
 
 # PART ONE: THE PAPER ==============================================================================
@@ -55,10 +42,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 def as_pairs(x, y):
-    """x and y, (N, D), row i of one paired with row i of the other, as tensors of float32 or better.
-    Raises ValueError for other shapes: these may give a number, too, but a wrong one."""
+    """x and y, (N, D), row i of x paired with row i of y, as tensors of float32 or better. Raises
+    ValueError for other shapes: they may give a number, too, but a wrong one."""
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
         raise ValueError("x and y must both be (N, D), N > 1, with a row for each pair (of several "
@@ -66,20 +52,16 @@ def as_pairs(x, y):
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return x.to(dtype), y.to(dtype)
 
-
 def unit(z, center=False):
     """The rows of z (N, D), without their mean if `center`, at length 1."""
     return F.normalize(z - z.mean(0) if center else z, dim=1)
 
-
 def clip_loss(x, y, temperature):
-    """The CLIP loss of unit vectors (N, D), a scalar: the cross-entropy of finding each one's
-    partner in the batch, mean of both directions. ln N is a guess, 0 perfect.
-    Source: Radford et al., arXiv 2103.00020, figure 3."""
+    """The cross-entropy of finding each one's partner in the batch, both ways, of unit vectors
+    (N, D): a scalar, 0 if perfect, ln N for a guess. Source: Radford et al., arXiv 2103.00020."""
     logits = x @ y.T / temperature  # (N, N)
     matched = torch.arange(len(x), device=x.device)
     return (F.cross_entropy(logits, matched) + F.cross_entropy(logits.T, matched)) / 2
-
 
 def uniformity(x, y, t=2.0):
     """log mean_{i != j} exp(-t |x_i - y_j|^2) of unit vectors (N, D): a scalar, -4t to 0, lower the
@@ -90,26 +72,23 @@ def uniformity(x, y, t=2.0):
     exponents = 2 * t * (x @ y.T - 1)  # (N, N); on the sphere |a - b|^2 = 2 - 2 a.b
     itself = torch.eye(N, dtype=torch.bool, device=x.device)
     total = exponents.masked_fill(itself, -math.inf).flatten().logsumexp(0)
-    # As a tensor: in math.log, torch.compile takes N for a constant, and compiles for each N anew.
+    # A tensor: in math.log, N would be a constant to torch.compile, which compiles for each anew.
     return total - torch.full((), N * (N - 1.0), dtype=x.dtype, device=x.device).log()
-
 
 def alignment(x, y):
     """mean_i |x_i - y_i|^2 of unit vectors (N, D): a scalar, 0 to 4, lower the closer pairs are;
     their mean cosine is 1 - alignment / 2. Source: Wang & Isola, arXiv 2005.10242."""
     return (x - y).square().sum(1).mean()
 
-
 def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=False):
     """CLIP + unif * uniformity + align * alignment + xunif * cross-modal uniformity: a scalar to
-    minimise, often negative.
+    minimise, often negative. Source: the paper's L_CUAXU.
 
     x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here.
     temperature: T, not 1 / T: a number up to 1 or, to learn it, a scalar tensor.
     center: subtract the batch's means first; `fold_means` then makes ordinary encoders of them.
     With several processes, x and y must be those of all, with gradients (`gather`): the log of a
-    mean is not the mean of logs. Raises ValueError for other shapes or such a number.
-    Source: the paper's L_CUAXU."""
+    mean is not the mean of logs. Raises ValueError for other shapes or such a number."""
     if isinstance(temperature, (int, float)) and not 0 < temperature <= 1:
         raise ValueError(f"temperature is T, at most 1, not 1 / T: it is {temperature}")
     x, y = as_pairs(x, y)
@@ -124,7 +103,6 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
             loss = loss + xunif * uniformity(x, y)
     return loss
 
-
 # -- 2. Measuring the gap --------------------------------------------------------------------------
 # No number tells all. Clouds with one centre can be told apart; clouds that nobody can tell apart
 # can sit in a corner where all pairs are close, or lie in directions of their own, so that a
@@ -134,20 +112,17 @@ def measurable(x, y, least=2):
     x, y = as_pairs(x, y)
     if len(x) < least or x.shape[1] < 2:
         raise ValueError(f"x and y must be (N, D), N >= {least}, D > 1, not {(*x.shape,)}")
-    for name, z in (("x", x), ("y", y)):
-        bad = (~z.norm(dim=1).log().isfinite()).nonzero()
-        if len(bad):
-            raise ValueError(f"row {bad[0].item()} of {name} is zero or not finite, and {len(bad)} "
-                             f"of {len(z)} rows are: leave such pairs out")
+    bad = (~torch.stack([x, y]).norm(dim=2).log().isfinite()).any(0).nonzero()
+    if len(bad):
+        raise ValueError(f"row {bad[0].item()} of x or y is zero or not finite, as {len(bad)} of "
+                         f"{len(x)} are: leave these pairs out")
     return unit(x), unit(y)
-
 
 def fit_logistic(z, labels, C):
     """The w (D,) that minimises |w'|^2 / 2 + C sum_i log(1 + exp(-s_i z_i.w)), by Newton's method.
     z: (N, D), its last column 1, for the bias, which w' lacks. labels: 0 or 1 for s = -1 or 1."""
-    ridge = torch.ones_like(z[0])
+    ridge, w = torch.ones_like(z[0]), torch.zeros_like(z[0])
     ridge[-1] = 0
-    w = torch.zeros_like(ridge)
     for _ in range(25):
         p = torch.sigmoid(z @ w)
         gradient = ridge * w + C * z.T @ (p - labels)
@@ -155,11 +130,9 @@ def fit_logistic(z, labels, C):
         w = w - torch.linalg.solve(hessian, gradient)
     return w
 
-
 def linear_separability(x, y, C=1.0):
     """Accuracy of a logistic regression that tells x from y (N, D), normalised here, on a fifth of
-    the pairs, held out. 1 is a complete gap, 0.5 none. The authors' C = 1 misses tiny gaps.
-    Raises ValueError as gap_metrics."""
+    the pairs, held out. 1 is a complete gap, 0.5 none. The authors' C = 1 misses tiny gaps."""
     x, y = measurable(x, y, least=5)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     z = F.pad(torch.stack([x, y], 1)[order], (0, 1), value=1.0)  # (N, 2, D + 1)
@@ -167,7 +140,6 @@ def linear_separability(x, y, C=1.0):
     k = int(0.8 * len(x))
     w = fit_logistic(z[:k].flatten(0, 1), labels.repeat(k), C)
     return ((z[k:] @ w > 0) == labels).double().mean().item()
-
 
 @torch.no_grad()
 def gap_metrics(x, y):
@@ -179,73 +151,58 @@ def gap_metrics(x, y):
     margin                mean cosine of pairs less that of strangers, -2 to 2: Tr Cov(x, y)
     spread                what is left without the means, sqrt(Tr Cov(x) Tr Cov(y)): 0 is a point
     agreement             margin / spread, -1 to 1: do the two sides vary together?
-    overlap               of Cov(x) and Cov(y), their cosine: 0 if each side varies in directions
-                          of its own, 1 if in the same ones to the same extent
+    overlap               the cosine of Cov(x) and Cov(y): 0 if each side varies in directions of
+                          its own, 1 if in the same ones to the same extent
     x, y are normalised here; about 30 N^2 bytes. Raises ValueError for other shapes, N < 5, D < 2,
     a row that is zero or not finite. Source: the paper; the last four are identities of ours."""
-    # The CPU first: MPS has no float64
     x, y = measurable(*(torch.as_tensor(z).cpu().double() for z in (x, y)), least=5)
     dx, dy = x - x.mean(0), y - y.mean(0)
     cov_x, cov_y, cov_xy = (a.T @ b / (len(x) - 1) for a, b in ((dx, dx), (dy, dy), (dx, dy)))
     spread = (cov_x.trace() * cov_y.trace()).sqrt()
-    tiny = 1e-12  # a cloud that is one point agrees with nothing
     metrics = {
         "linear_separability": linear_separability(x, y),
         "linear_separability_c100": linear_separability(x, y, C=100.0),
         "centroid_distance": (x.mean(0) - y.mean(0)).norm(),
         "unif": (uniformity(x, x) + uniformity(y, y)) / 2,
-        "align": alignment(x, y),
-        "xunif": uniformity(x, y),
-        "margin": cov_xy.trace(),
-        "spread": spread,
-        "agreement": cov_xy.trace() / spread.clamp(min=tiny),
-        "overlap": (cov_x * cov_y).sum() / (cov_x.norm() * cov_y.norm()).clamp(min=tiny ** 2)}
+        "align": alignment(x, y), "xunif": uniformity(x, y),
+        "margin": cov_xy.trace(), "spread": spread,
+        "agreement": cov_xy.trace() / spread.clamp(min=1e-12),  # a point agrees with nothing
+        "overlap": (cov_x * cov_y).sum() / (cov_x.norm() * cov_y.norm()).clamp(min=1e-24)}
     return {name: float(value) for name, value in metrics.items()}
-
 
 @torch.no_grad()
 def best_temperature(x, y, batch=64):
     """The T, of .005 to 1 in steps of 12 %, at which the CLIP loss of paired x, y (N, D) in batches
-    is least once each side's mean is subtracted. On pairs that were held out, wrong ones among them
-    as in training, it says how sure a softmax may be of such pairs. Temperature scaling, Guo et
-    al., arXiv 1706.04599."""
+    is least once each side's mean is subtracted. Of pairs that were held out, wrong ones among them
+    as in training, it says how sure a softmax may be. Source: Guo et al., arXiv 1706.04599."""
     x, y = (unit(z, center=True) for z in measurable(x, y))
     batch = min(batch, len(x))
-    whole = len(x) // batch * batch
-    x, y = (z[:whole].unflatten(0, (-1, batch)) for z in (x, y))  # (batches, batch, D)
-    cosines = x @ y.mT
-    matched = torch.arange(batch, device=x.device).expand(len(x), -1)
-
-    def loss(T):  # of a batch of batches: its softmax is over dimension 1
-        return F.cross_entropy(cosines / T, matched) + F.cross_entropy(cosines.mT / T, matched)
-
-    return min((10 ** (k / 20) for k in range(0, -47, -1)), key=loss)
-
+    starts = range(0, len(x) - batch + 1, batch)
+    cosines = torch.stack([x[i:i + batch] @ y[i:i + batch].T for i in starts])
+    matched = torch.arange(batch, device=x.device).expand(len(cosines), -1)
+    return min((10 ** (k / 20) for k in range(0, -47, -1)),  # the softmax is over dimension 1
+               key=lambda T: sum(F.cross_entropy(z / T, matched) for z in (cosines, cosines.mT)))
 
 @torch.no_grad()
 def recall(x, y, group=None, mixed=False):
     """R@1: how often the y nearest to x_i is a right one, and how often the x nearest to y_i; two
     floats. x, y: (N, D), normalised here, one caption an image. group: (N,) integers, equal for
-    equal captions; None: all differ. Raises ValueError as above.
-    mixed: the same in one index of x and y, which feels a gap: how often the nearest of all, but
-    for itself and others of its modality and group, is a right one of the other modality. About
-    25 N^2 bytes. After Li, Zhang et al., arXiv 2507.19054."""
+    equal captions; None: all differ. Raises ValueError as above. mixed: the same in one index of x
+    and y, which feels a gap: how often the nearest of all, but for itself and others of its
+    modality and group, is a right one of the other modality. After Li et al., arXiv 2507.19054."""
     both = torch.cat(measurable(x, y))  # (2 N, D)
     N = len(both) // 2
-    group = torch.arange(N) if group is None else torch.as_tensor(group)
+    group = torch.as_tensor(range(N) if group is None else group).to(both.device)
     if group.shape != (N,):
         raise ValueError(f"group must be ({N},), a number for each pair, not {(*group.shape,)}")
-    group = group.to(both.device)
     same = group[:, None] == group if mixed else torch.ones(N, N, dtype=bool, device=both.device)
     cosines = (both @ both.T).masked_fill_(torch.block_diag(same, same), -math.inf)
     right = group.repeat(2)[cosines.argmax(1)] == group.repeat(2)
     return right.view(2, N).float().mean(1).tolist()
 
-
 def mixed_recall(x, y, group=None):
-    """`recall` in one index of both modalities."""
+    """`recall` in one index of both modalities. About 25 N^2 bytes."""
     return recall(x, y, group, mixed=True)
-
 
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # No encoders, only points that the loss moves as it likes. Left alone, they open no gap. Give each
@@ -258,12 +215,10 @@ def mixed_recall(x, y, group=None):
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, steer=None, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
-
-    offset: its learning rate, as a multiple of the points'. temperature: a number or a function of
-    the step. mismatch: the share of wrong pairs, others in each step. steer: a function of the step
-    and the offsets' gradient (2, 1, dim) that returns what to use instead. weights: cgap_loss's.
-    Returns a list of dicts (`step`, gap_metrics, `mixed_i2t`, `mixed_t2i`) and {step: the clouds
-    (2, n, dim)}, both at a few steps."""
+    offset: its learning rate, as a multiple of the points'. mismatch: the share of wrong pairs,
+    others in each step. steer: a function of the step and the offsets' gradient (2, 1, dim) that
+    returns what to use instead. weights: cgap_loss's. Returns a list of dicts (`step`, gap_metrics,
+    `mixed_i2t`, `mixed_t2i`) and {step: the clouds (2, n, dim)}, both at a few steps."""
     torch.manual_seed(seed)
     cone = torch.randn(dim) / dim ** 0.5
     points = (cone + 0.3 / dim ** 0.5 * torch.randn(2, n, dim)).requires_grad_()
@@ -274,20 +229,18 @@ def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=6
     for step in range(steps + 1):
         x, y = points + offsets
         if step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 400, steps):
-            clouds[step] = unit(torch.stack([x, y]).detach().flatten(0, 1)).view(2, n, dim)
+            clouds[step] = torch.stack([unit(x), unit(y)]).detach()
             mixed = dict(zip(("mixed_i2t", "mixed_t2i"), mixed_recall(x, y)))
             history.append({"step": step, **gap_metrics(x, y), **mixed})
         i = torch.randperm(n)[:batch]
         j = mismatched(n, mismatch, seed=step)[i]
-        T = temperature(step) if callable(temperature) else temperature
-        loss = cgap_loss(x[i], y[j], T, **weights)
+        loss = cgap_loss(x[i], y[j], temperature, **weights)
         optimizer.zero_grad()
         loss.backward()
         if steer:
             offsets.grad = steer(step, offsets.grad)
         optimizer.step()
     return history, clouds
-
 
 def mismatched(n, share, seed=0):
     """The partner of each of n, (n,): itself or, for a random share (two at least), another."""
@@ -297,11 +250,9 @@ def mismatched(n, share, seed=0):
     partner[chosen] = chosen.roll(1)
     return partner
 
-
 # -- 4. Two small encoders -------------------------------------------------------------------------
 # Neither has a BatchNorm: samples meet in the loss alone.
 CONTEXT = 32  # words in a caption; longer ones are cut
-
 
 class ImageEncoder(nn.Module):
     """A convolutional network: uint8 images (B, 3, S, S) to embeddings (B, dim)."""
@@ -312,10 +263,8 @@ class ImageEncoder(nn.Module):
             layers += [nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.GELU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, 128)
         self.projection = nn.Linear(128, dim)
-
     def forward(self, images):
         return self.projection(self.body(images.float() / 64 - 2))  # pixels to about -2 .. 2
-
 
 class TextEncoder(nn.Module):
     """A transformer: tokens (B, L), 0 for padding, L up to CONTEXT, to embeddings (B, dim)."""
@@ -327,14 +276,12 @@ class TextEncoder(nn.Module):
                                                norm_first=True)
         self.norm = nn.LayerNorm(128)
         self.projection = nn.Linear(128, dim)
-
     def forward(self, tokens):
         is_word = tokens != 0  # (B, L)
         h = self.token(tokens) + self.position[:tokens.shape[1]]  # (B, L, 128)
         h = self.norm(self.body(h, src_key_padding_mask=~is_word))
         is_word = is_word[..., None]  # (B, L, 1)
         return self.projection((h * is_word).sum(1) / is_word.sum(1))  # mean over the words
-
 
 class TwoEncoders(nn.Module):
     """Encoders for images and texts (or, `same_modality`, images again), and a temperature."""
@@ -345,21 +292,17 @@ class TwoEncoders(nn.Module):
         # log(1 / T) is what is learned: it moves by factors, and T stays above 0.
         self.log_scale = nn.Parameter(torch.tensor(-math.log(cfg.temperature)),
                                       requires_grad=cfg.learn_temperature)
-
     def forward(self, images, texts):
         return self.image(images), self.text(texts), torch.exp(-self.log_scale)
-
 
 @torch.no_grad()
 def encode(encoder, inputs):
     """Raw embeddings (N, dim) of images or tokens, where the encoder is, in eval mode."""
-    training = encoder.training
+    training, device = encoder.training, encoder.projection.weight.device
     encoder.eval()  # else an encoder with BatchNorm or dropout would feel that it is measured
-    device = encoder.projection.weight.device
-    embeddings = torch.cat([encoder(part.to(device)) for part in inputs.split(256)])
+    parts = [encoder(part.to(device)) for part in inputs.split(256)]
     encoder.train(training)
-    return embeddings
-
+    return torch.cat(parts)
 
 @torch.no_grad()
 def remove_initial_gap(model, images, texts):
@@ -373,23 +316,24 @@ def remove_initial_gap(model, images, texts):
     last.weight.copy_(turn @ last.weight)
     last.bias.copy_(turn @ (last.bias - mean_y) + mean_x)
 
-
 @torch.no_grad()
 def fold_means(model, images, texts):
     """Give both encoders a mean of 0 over these pairs, in place. A centred loss does not see it."""
     for encoder, inputs in ((model.image, images), (model.text, texts)):
         encoder.projection.bias -= encode(encoder, inputs).mean(0)
 
-
 # -- 5. Settings and pairs -------------------------------------------------------------------------
 class UserError(Exception):
     """A mistake of the user's: the command line prints it as one line and exits with 2."""
 
+def require(fact, message):
+    """Raise UserError with the message unless the fact holds."""
+    if not fact:
+        raise UserError(message)
 
 def setting(default, text, low=0, high=1e9):
     """A field of Config: its default, what --help says of it, and the numbers that it may be."""
     return field(default=default, metadata={"help": text, "low": low, "high": high})
-
 
 @dataclass
 class Config:
@@ -398,13 +342,10 @@ class Config:
     align: float = setting(0.0, "weight of alignment")
     xunif: float = setting(0.0, "weight of cross-modal uniformity; CUAXU is CUA with --xunif 1")
     center: bool = setting(False, "the loss sees embeddings without their batch's mean")
-    temperature: float = setting(0.01, "T of the CLIP loss, not 1 / T; its start, if learned",
-                                 0.01, 1)
+    temperature: float = setting(0.01, "T of the CLIP loss (not 1 / T), or its start", 0.01, 1)
     learn_temperature: bool = setting(False, "learn T, down to 0.01")
-    data: str = setting("synthetic", "synthetic (drawn scenes), an MS-COCO folder, or a CSV file "
-                        "with the header image,caption")
-    limit: int = setting(0, "scenes to draw for training, or photographs to use of each split at "
-                         "most; 0: 20,000 scenes, all photographs")
+    data: str = setting("synthetic", "synthetic, an MS-COCO folder or a CSV file: image,caption")
+    limit: int = setting(0, "scenes to draw, or photographs to use at most; 0: 20,000, or all")
     mismatch: float = setting(0.0, "share of training images with another one's caption", 0, 1)
     image_size: int = setting(0, "side of the images in pixels; 0: 32 (scenes), 64 (photographs)")
     cache: str = setting("~/.cache/cgap", "folder for decoded photographs")
@@ -420,80 +361,66 @@ class Config:
     compile: bool = setting(False, "torch.compile the encoders and the loss")
     eval_every: int = setting(250, "steps between evaluations, with a checkpoint each", 1)
     out: str = setting("", "new folder for the run; default: runs/<time>-<loss>-seed<seed>")
-
     def check(self):
         """Raise UserError for a number that cannot be meant."""
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if f.type is not str and not low <= value <= high:  # nan is not
-                raise UserError(f"{f.name} must be from {low:g} to {high:g}, not {value}")
-
+            require(f.type is str or low <= value <= high,  # nan is not
+                    f"{f.name} must be from {low:g} to {high:g}, not {value}")
     def loss_settings(self):
         """What cgap_loss takes beside embeddings and temperature."""
         return {"unif": self.unif, "align": self.align, "xunif": self.xunif, "center": self.center}
-
     def name(self):
         """The loss in short, for folders and legends."""
-        known = {(0, 0, 0): "CLIP", (1, 1, 0): "CUA", (1, 1, 1): "CUAXU"}
-        spelled = f"CLIP+{self.unif:g}unif+{self.align:g}align+{self.xunif:g}xunif"
         weights = (self.unif, self.align, self.xunif)
-        return known.get(weights, spelled) + ("-centred" if self.center else "")
-
+        known = {(0, 0, 0): "CLIP", (1, 1, 0): "CUA", (1, 1, 1): "CUAXU"}
+        name = known.get(weights, "CLIP+{:g}unif+{:g}align+{:g}xunif".format(*weights))
+        return f"{name}-centred" if self.center else name
 
 @dataclass
 class Pairs:
-    """Images with K texts each: captions, or the image again; or whatever your own encoders take."""
+    """Images with K texts each: captions, or the image again; or what your own encoders take."""
     images: torch.Tensor  # (N, 3, S, S) uint8
     texts: torch.Tensor  # (N, K, L) int32, padded with 0, or (N, 1, 3, S, S) uint8
-    group: torch.Tensor | None = None  # (N, K): equal numbers for equal captions; None: all differ
-
-    def __len__(self):
-        return len(self.images)
-
-    def first(self, n):
-        """The first n pairs."""
-        group = None if self.group is None else self.group[:n]
-        return Pairs(self.images[:n], self.texts[:n], group)
-
+    group: torch.Tensor | None = None  # (N, K): equal numbers for equal texts; None: all differ
+    def __post_init__(self):
+        shapes = tuple(self.images.shape), tuple(self.texts.shape)
+        require(shapes[0][:1] == shapes[1][:1] and len(shapes[1]) > 2,
+                f"Pairs are images (N, ...) and texts (N, K, ...), K for each, not {shapes}")
+        if self.group is None:
+            self.group = torch.arange(math.prod(shapes[1][:2])).view(shapes[1][:2])
     def batch(self, i, epoch=0):
         """Images i (indices or a slice), each with one of its texts, another in each epoch."""
         return self.images[i], self.texts[i, epoch % self.texts.shape[1]]
 
-
 # train, val: Pairs. vocab: {word: number}. tasks: Tasks or None.
 Data = namedtuple("Data", "train val vocab tasks")
 # Zero-shot: prompts[labels[i]] should be nearest to images[i]; unseen[i]: never met in training.
-# Arithmetic: image pool[query[q]] + text new[q] - text old[q] (single words, then captions) must be
-# nearest to a pool[i] with correct[q, i].
+# Arithmetic: image pool[query[q]] + word new[q] - word old[q] must be nearest to a pool[i] with
+# correct[q, i]; q goes over the five words of scenes: colour, shape, colour, shape, relation.
 Tasks = namedtuple("Tasks", "images labels unseen prompts pool query old new correct")
-
 
 def prepare(data, cfg):
     """Data as cfg wants them: limited, of one modality, with wrong captions to train on."""
     train, val, vocab, tasks = data
-    for pairs in (train, val):
-        if len(pairs.images) != len(pairs.texts) or pairs.texts.ndim < 3:
-            raise UserError("Pairs are images (N, ...) and texts (N, K, ...), K for each image, not "
-                            f"{(*pairs.images.shape,)} and {(*pairs.texts.shape,)}")
     if cfg.limit:
-        train, val = train.first(cfg.limit), val.first(cfg.limit)
-    if len(train) < cfg.batch or len(val) < 5:
-        raise UserError(f"too few images: {len(train)} for a batch of {cfg.batch}, {len(val)} to "
-                        "measure (5)")
+        train, val = (Pairs(pairs.images[:cfg.limit], pairs.texts[:cfg.limit],
+                            pairs.group[:cfg.limit]) for pairs in (train, val))
+    n, held_out = len(train.images), len(val.images)
+    require(n >= cfg.batch and held_out >= 5,
+            f"too few images: {n} for a batch of {cfg.batch}, {held_out} to measure (5)")
     if cfg.same_modality:
         train, val = (Pairs(pairs.images, pairs.images[:, None]) for pairs in (train, val))
         tasks = None
     if cfg.mismatch:
-        partner = mismatched(len(train), cfg.mismatch, cfg.seed)
-        train = replace(train, texts=train.texts[partner])
+        train = replace(train, texts=train.texts[mismatched(n, cfg.mismatch, cfg.seed)])
     return Data(train, val, vocab, tasks)
-
 
 # -- 6. Training and evaluation --------------------------------------------------------------------
 # From the machinery: rank_and_world() is (0, 1) and gather changes nothing but with several
 # processes (section 9). A run is a dict that is kept in a folder (section 10).
 def do_tasks(model, tasks):
-    """Accuracies in zero-shot and in arithmetic (words for attributes, for relations; captions)."""
+    """Accuracies in zero-shot and in arithmetic."""
     cosines = unit(encode(model.image, tasks.images)) @ unit(encode(model.text, tasks.prompts)).T
     named = (cosines.argmax(1).cpu() == tasks.labels).float()
     pool = unit(encode(model.image, tasks.pool))
@@ -501,36 +428,30 @@ def do_tasks(model, tasks):
     query = tasks.query.to(pool.device)
     scores = (pool[query] + edit) @ pool.T
     scores.scatter_(1, query[:, None], -math.inf)  # the query itself is no answer
-    found = tasks.correct.gather(1, scores.argmax(1, keepdim=True).cpu()).float()
-    words, captions = found.view(2, 5, -1)  # five words of a scene can change, its relation last
+    found = tasks.correct.gather(1, scores.argmax(1, keepdim=True).cpu()).float().view(5, -1)
     right = {"zero_shot": named, "zero_shot_unseen": named[tasks.unseen],
-             "arithmetic_attribute": words[:-1], "arithmetic_relation": words[-1],
-             "arithmetic_caption": captions}
+             "arithmetic_attribute": found[:4], "arithmetic_relation": found[4]}
     return {name: values.mean().item() for name, values in right.items()}
 
-
 def evaluate(model, data, cfg):
-    """A dict: the loss on a batch of training pairs; the gap and search on held-out pairs, the first
-    caption of each of 5,000 images at most; the tasks."""
+    """A dict: the loss on a batch of training pairs; the gap and search on held-out pairs (5,000 at
+    most, the first caption of each); the tasks."""
     T = torch.exp(-model.log_scale).item()
-    images, texts = data.train.batch(epoch_order(0, len(data.train), cfg.seed)[:cfg.batch])
+    order = epoch_order(0, len(data.train.images), cfg.seed)
+    images, texts = data.train.batch(order[:cfg.batch])
     x, y = encode(model.image, images), encode(model.text, texts)
     loss = cgap_loss(x, y, T, **cfg.loss_settings())
-    if not loss.isfinite():
-        raise UserError("the loss is not finite: lower --lr or raise --temperature")
+    require(loss.isfinite(), "the loss is not finite: lower --lr or raise --temperature")
     clip = clip_loss(unit(x, cfg.center), unit(y, cfg.center), T)
-    val = data.val.first(5000)
-    images, texts = val.batch(slice(None))
+    images, texts = data.val.batch(slice(5000))
     x, y = encode(model.image, images), encode(model.text, texts)
-    group = None if val.group is None else val.group[:, 0]
-    partner = mismatched(len(x), cfg.mismatch, cfg.seed).to(x.device)  # as wrong as in training
+    group = data.val.group[:5000, 0]
     searches = zip(("i2t_r1", "t2i_r1", "mixed_i2t", "mixed_t2i"),
                    recall(x, y, group) + mixed_recall(x, y, group))
+    partner = mismatched(len(x), cfg.mismatch, cfg.seed).to(x.device)  # as wrong as in training
     return {"train_loss": loss.item(), "train_clip": clip.item(), "temperature": T,
-            "best_temperature": best_temperature(x, y[partner], cfg.batch),
-            **gap_metrics(x, y), **dict(searches),
-            **(do_tasks(model, data.tasks) if data.tasks else {})}
-
+            "best_temperature": best_temperature(x, y[partner], cfg.batch), **gap_metrics(x, y),
+            **dict(searches), **(do_tasks(model, data.tasks) if data.tasks else {})}
 
 @functools.lru_cache(2)  # drawn once an epoch: for COCO it takes milliseconds
 def epoch_order(epoch, n, seed, device="cpu"):
@@ -538,17 +459,16 @@ def epoch_order(epoch, n, seed, device="cpu"):
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     return torch.randperm(n, generator=generator).to(device)
 
-
 def next_batch(pairs, step, cfg, device):
     """This process's share of a step's batch, on the device."""
-    epoch, k = divmod(step, len(pairs) // cfg.batch)
-    order = epoch_order(epoch, len(pairs), cfg.seed, pairs.images.device)
+    n = len(pairs.images)
+    epoch, k = divmod(step, n // cfg.batch)
+    order = epoch_order(epoch, n, cfg.seed, pairs.images.device)
     rank, world = rank_and_world()
     batch = pairs.batch(order[k * cfg.batch:(k + 1) * cfg.batch][rank::world], epoch)
     if device.type == "cuda" and not batch[0].is_cuda:  # pinned, they are copied without waiting
         batch = [part.pin_memory() for part in batch]
     return [part.to(device, non_blocking=True) for part in batch]
-
 
 def make_optimizer(model, cfg):
     """AdamW; weight decay on matrices, not on biases, norms, temperature."""
@@ -557,19 +477,16 @@ def make_optimizer(model, cfg):
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), fused=True)
 
-
 def learning_rate(step, cfg):
     """The lower of a linear warm-up over a tenth of the steps and a cosine to 0."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
     return cfg.lr * min((step + 1) / (0.1 * cfg.steps), cosine)
 
-
 def observe(run, step, model, optimizer, data, quiet):
     """Where it is time: a snapshot for the figures; an evaluation and a checkpoint."""
     cfg = run["cfg"]
-    last = step == cfg.steps
-    evaluating = last or step % cfg.eval_every == 0
-    drawing = last or step % math.ceil(cfg.steps / 30) == 0
+    evaluating = step % cfg.eval_every == 0 or step == cfg.steps
+    drawing = step % math.ceil(cfg.steps / 30) == 0 or step == cfg.steps
     if cfg.center and (evaluating or drawing):  # the loss cannot see it
         fold_means(model, *data.train.batch(slice(2048 if evaluating else 256)))
     if rank_and_world()[0] > 0:
@@ -581,19 +498,20 @@ def observe(run, step, model, optimizer, data, quiet):
     if evaluating:
         record = {"step": step, **evaluate(model, data, cfg)}
         run["history"].append(record)
-        save_run(run, model, optimizer)
+        lines = [json.dumps(record) + "\n" for record in run["history"]]
+        Path(cfg.out, "metrics.jsonl").write_text("".join(lines))
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_whole(run | states | {"cfg": asdict(cfg)}, Path(cfg.out, "checkpoint.pt"))
         if not quiet:
             tqdm.write("step {step:6}   loss {train_loss:7.3f}   separability {linear_separability"
                        ":.3f}   R@1 {i2t_r1:.3f}   mixed {mixed_i2t:.3f}".format(**record))
 
-
 def train(cfg, resume=False, model=None, data=None, quiet=False):
     """Train two encoders; returns the history, a list of dicts of metrics (of several processes,
-    the first has it). resume: go on with the run in cfg.out. data: a Data of your own, with vocab
-    and tasks None where they do not apply. model: your own nn.Module. It has encoders `image` and
-    `text`, each ending in a linear `projection`, and `log_scale`, a parameter, log(1 / T); called
-    with images and texts it gives raw embeddings x, y and T. Raises UserError for what cannot work,
-    before it makes a folder."""
+    the first has it). resume: go on with the run in cfg.out. data: a Data of your own; vocab and
+    tasks may be None. model: your own nn.Module. It has encoders `image` and `text`, each with a
+    last nn.Linear `projection`, and a parameter `log_scale`, log(1 / T); called with images and
+    texts it gives raw embeddings x, y and T. Raises UserError for what cannot work."""
     cfg = settle(cfg, resume)
     device = find_device(cfg.device)
     torch.set_flush_denormal(True)  # most of softmax is below 1e-38, where CPUs are slow
@@ -628,7 +546,6 @@ def train(cfg, resume=False, model=None, data=None, quiet=False):
             observe(run, step + 1, model, optimizer, data, quiet)
     return run["history"]
 
-
 # PART TWO: THE MACHINERY ==========================================================================
 # -- 7. Scenes -------------------------------------------------------------------------------------
 # One or two coloured shapes and an exact caption: perfect pairs, though a batch may hold one twice.
@@ -644,7 +561,6 @@ UNSEEN = OBJECTS[:, 0] % len(SHAPES) == OBJECTS[:, 1]  # one for each colour: ne
 PLACES = torch.tensor([[[.5, .5], [.5, .5]], [[.25, .5], [.75, .5]], [[.5, .25], [.5, .75]]])
 JITTER = torch.tensor([[.2, .2], [.04, .15], [.15, .04]])
 
-
 def masks(u, v):
     """What is inside each of the SHAPES, for u to the right and v down, -1 to 1: (6, ...)."""
     a, b = u.abs(), v.abs()
@@ -652,7 +568,6 @@ def masks(u, v):
                         (v < .85) & (2 * a - v < 1), 1.5 * a + b < 1.1,
                         (torch.minimum(a, b) < .3) & (torch.maximum(a, b) < 1),
                         (u * u + v * v - .72).abs() < .28])
-
 
 def describe(scenes):
     """The captions of scenes (N, 5): colour, shape, colour, shape, relation (-1: one only)."""
@@ -663,7 +578,6 @@ def describe(scenes):
         captions.append(f"a {words[0]} {words[1]}{second}")
     return captions
 
-
 def random_scenes(n, single):
     """n scenes (n, 5) without unseen objects, a share `single` of them with one object."""
     seen = OBJECTS[~UNSEEN]
@@ -672,11 +586,9 @@ def random_scenes(n, single):
     relation[torch.rand(n) < single] = -1
     return torch.cat([objects, relation], 1)
 
-
 def draw_scenes(scenes, size):
     """Images (N, 3, size, size), uint8, jittered in position, size and colour, noisy."""
-    palette = torch.tensor(list(PALETTE.values()))
-    ticks = (torch.arange(size) + .5) / size
+    palette, ticks = torch.tensor(list(PALETTE.values())), (torch.arange(size) + .5) / size
     images = []
     for part in scenes.split(256):  # small enough to stay in the processor's cache
         n = len(part)
@@ -694,7 +606,6 @@ def draw_scenes(scenes, size):
         images.append((noisy * 255).clamp(0, 255).byte())
     return torch.cat(images)
 
-
 def scene_tasks(size, vocab, n=200):
     """Zero-shot: single objects. Arithmetic: n scenes, each edited once in each word."""
     single = F.pad(OBJECTS, (0, 3), value=-1)
@@ -702,64 +613,46 @@ def scene_tasks(size, vocab, n=200):
     images = draw_scenes(single[labels], size)
     scenes = random_scenes(2 * n, 0.0)
     scenes = scenes[(scenes[:, :2] != scenes[:, 2:4]).all(1)][:n]  # a word then names one object
-    edited, old, new = [], [], []
+    edited, old, new = scenes.repeat(len(WORDS), 1, 1), [], []  # (5, n, 5)
     for k, names in enumerate(WORDS):
-        edit = scenes.clone()
-        edit[:, k] = (edit[:, k] + torch.randint(1, len(names), (len(edit),))) % len(names)
-        edited.append(edit)
+        edited[k, :, k] += torch.randint(1, len(names), (len(scenes),))
+        edited[k, :, k] %= len(names)
         old += [names[i] for i in scenes[:, k]]
-        new += [names[i] for i in edit[:, k]]
-    edited = torch.cat(edited)  # (5 n, 5)
-    query = torch.arange(len(scenes)).repeat(len(WORDS))
-    pool = torch.cat([scenes, edited])
+        new += [names[i] for i in edited[k, :, k]]
+    edited = edited.flatten(0, 1)
+    pool, query = torch.cat([scenes, edited]), torch.arange(len(scenes)).repeat(len(WORDS))
     correct = (edited[:, None] == pool).all(2)  # equal scenes are equally right
-    return Tasks(images, labels, UNSEEN[labels], tokenize(describe(single), vocab),
-                 draw_scenes(pool, size), query.repeat(2),
-                 tokenize(old + describe(scenes[query]), vocab),
-                 tokenize(new + describe(edited), vocab), correct.repeat(2, 1))
-
+    prompts, old, new = (tokenize(texts, vocab) for texts in (describe(single), old, new))
+    return Tasks(images, labels, UNSEEN[labels], prompts, draw_scenes(pool, size), query, old, new,
+                 correct)
 
 def scene_data(cfg):
     """Scenes to train on, 2,000 to validate (new drawings, few new captions), and both tasks."""
     torch.manual_seed(cfg.seed)
-    size = cfg.image_size or 32
-    n = cfg.limit or 20_000
+    n, size = cfg.limit or 20_000, cfg.image_size or 32
     scenes = random_scenes(n + min(2_000, n), single=0.1)
     captions = describe(scenes)
     vocab = make_vocab(captions[:n])
-    texts = tokenize(captions, vocab)[:, None]  # (N, 1, L)
-    group = group_texts(captions)[:, None]
-    images = draw_scenes(scenes, size)
+    images, texts, group = draw_scenes(scenes, size), *read(captions, vocab, 1)
     train, val = (Pairs(images[part], texts[part], group[part])
                   for part in (slice(n), slice(n, None)))
     return Data(train, val, vocab, scene_tasks(size, vocab))
 
-
 # -- 8. Words, and photographs, decoded once into a cache that later runs map ----------------------
-# Thai to Burmese, Khmer, Kana, Han: without spaces between words, so each character is one
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-                      "\U00020000-\U0003ffff]")
-
-
-@functools.cache
-def spaced(c):
-    """A character, between spaces unless a word goes on over it."""
-    # Letters, marks (\w has none: most of Hindi's vowels would end words), numbers, joiners
-    in_word = unicodedata.category(c)[0] in "LMN" or c in "\u200c\u200d"
-    return c if in_word and not UNSPACED.match(c) else f" {c} "
-
+# Python's \w lacks combining marks (most of Hindi's vowels); a Chinese sentence is a word to it.
+MARKS = "".join(c for c in map(chr, range(0x300, 0x1e000)) if unicodedata.category(c)[0] == "M")
+ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai ... Kana, Han
+WORD = re.compile(rf"[{ALONE}]|(?:(?![{ALONE}])[\w{MARKS}\u200c\u200d])+|[^\w\s]")
 
 def words_of(text):
-    """The words of a text, in lower case, and its signs: "a dog's bowl." -> a, dog, ', s, bowl, ."""
-    return "".join(map(spaced, unicodedata.normalize("NFC", text.lower()))).split()
-
+    """The words of a text, in lower case, and its signs: "a dog's bowl." -> a dog ' s bowl ."""
+    return WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 def make_vocab(captions):
     """{word: number} of the 10,000 most frequent words, after padding and unknown."""
     counts = Counter(word for text in captions for word in words_of(text))
     known = sorted(word for word, _ in counts.most_common(10_000))
     return {word: number for number, word in enumerate(["<pad>", "<unk>", *known])}
-
 
 def tokenize(captions, vocab):
     """Tokens (len(captions), L), int32, of the first CONTEXT words, padded with 0."""
@@ -769,79 +662,64 @@ def tokenize(captions, vocab):
         rows.append(torch.tensor(numbers or [1], dtype=torch.int32))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-
-def group_texts(captions):
-    """(N,) numbers, equal for equal texts: not for equal tokens, which may be all unknown or cut."""
-    return torch.tensor([hash(" ".join(words_of(text))) for text in captions])
-
+def read(captions, vocab, K):
+    """Of N K captions their tokens (N, K, L) and their groups (N, K): numbers, equal for equal
+    texts. Equal tokens are no reason: unknown words and long captions look alike."""
+    groups = torch.tensor([hash(" ".join(words_of(text))) for text in captions])
+    return [part.unflatten(0, (-1, K)) for part in (tokenize(captions, vocab), groups)]
 
 def read_coco(file):
-    """{path: [captions]} of MS-COCO's JSON file, and a list of what it lacks."""
+    """[(path, caption)] of MS-COCO's JSON file, the caption None for an image without one."""
     content = json.loads(file.read_bytes())
     folder = file.parents[1] / file.stem.removeprefix("captions_")
     paths = {image["id"]: folder / image["file_name"] for image in content["images"]}
-    captions, faults = {path: [] for path in paths.values()}, []
-    for note in content["annotations"]:
-        if note["image_id"] in paths:
-            captions[paths[note["image_id"]]].append(note["caption"])
-        else:
-            faults.append(f"{file}: a caption of image {note['image_id']}, which is not listed")
-    return captions, faults
-
+    return [(path, None) for path in paths.values()] + [
+        (paths.get(note["image_id"], folder / f"(image {note['image_id']})"), note["caption"])
+        for note in content["annotations"]]
 
 def read_csv(file):
-    """{path: [captions]} of a CSV file, whose paths are relative to it, and nothing lacking."""
-    captions, done = defaultdict(list), 0
+    """[(path, caption)] of a CSV file, whose paths are relative to it."""
+    pairs, line = [], 1
     with open(file, newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines, strict=True)  # a quote that is never closed is an error
+        rows = csv.DictReader(lines, strict=True)  # a quote that is never closed is an error
         try:
-            header = reader.fieldnames or []
-            if not {"image", "caption"} <= set(header):
-                raise csv.Error(f"the header must be image,caption, not {','.join(header)[:80]!r}")
-            done = reader.line_num
-            for row in reader:
+            if not {"image", "caption"} <= set(rows.fieldnames or []):
+                raise csv.Error(f"the header must be image,caption, not {rows.fieldnames}")
+            for row in rows:
                 if None in row:
-                    raise csv.Error(f"more than {len(header)} fields: is a comma not in quotes?")
-                captions[file.parent / row["image"]].append(row["caption"])
-                done = reader.line_num
-        except csv.Error as error:
-            raise UserError(f"{file}, the row that starts in line {done + 1}: {error}") from None
-    return captions, []
-
+                    raise csv.Error("more fields than in the header: is a comma not in quotes?")
+                pairs.append((file.parent / row["image"], row["caption"]))
+                line = rows.line_num + 1
+        except (csv.Error, UnicodeError) as error:
+            raise UserError(f"{file}, in the row that starts in line {line}: {error}") from None
+    return pairs
 
 def read_pairs(path):
-    """{split: {picture that exists: [captions]}} of `train` and `val` (a tenth of train, if there is
-    no other), and a list of what is lacking."""
-    files = {"train": path}
-    if path.is_dir():
-        years = sorted(path.glob("annotations/captions_train20??.json"))
-        if not years:
-            raise UserError(f"{path} has no annotations/captions_train20xx.json")
-        if len(years) > 1:  # the splits of different years overlap
-            print(f"{path} holds several years: taking {years[-1].name}", file=sys.stderr)
-        files["train"] = years[-1]
-        files["val"] = years[-1].with_name(years[-1].name.replace("train", "val"))
-    pairs, faults = {"val": {}}, []
+    """{split: {picture: [captions]}} of train and val, or a tenth of train; and what is missing."""
+    source, files = read_csv, {"train": path}
+    if path.is_dir():  # of several years the latest: their splits overlap
+        file = max(path.glob("annotations/captions_train20??.json"), default=None)
+        require(file, f"{path} has no annotations/captions_train20xx.json")
+        test = file.with_name(file.name.replace("train", "val"))
+        source, files = read_coco, {"train": file} | ({"val": test} if test.exists() else {})
+    pairs, missing = {"train": defaultdict(list), "val": defaultdict(list)}, set()
     for split, file in files.items():
         try:
-            if split == "train" or file.exists():
-                captions, lacking = read_coco(file) if path.is_dir() else read_csv(file)
-                found = {image for image in captions if image.exists()}
-                pairs[split] = {image: captions[image] for image in captions if image in found}
-                faults += lacking + [f"{image}: no such file" for image in captions.keys() - found]
+            rows = source(file)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is neither like MS-COCO's captions nor a CSV file in UTF-8 "
-                            f"({type(error).__name__}: {error})") from None
-    if not pairs["train"]:
-        raise UserError(f"{path}: none of its pictures is there; {'; '.join(faults[:1])}")
+            raise UserError(f"{file} is not like MS-COCO's: {type(error).__name__}: {error}")
+        missing |= {image for image in {image for image, _ in rows} if not image.exists()}
+        for image, caption in rows:
+            pairs[split][image].append(caption)
+    pairs = {split: {image: captions[image] for image in captions if image not in missing}
+             for split, captions in pairs.items()}
+    require(pairs["train"], f"{path}: no picture exists, such as {min(missing, default='')}")
     if not pairs["val"]:
         pairs["val"] = {image: pairs["train"].pop(image) for image in list(pairs["train"])[::10]}
-    return pairs, sorted(faults)
-
+    return pairs, [f"{image}: no such file" for image in sorted(missing)]
 
 def load_photo(path, size):
-    """The picture, upright, on white, cropped to a square: (3, size, size) uint8. ValueError if its
-    pixels are numbers of no known range."""
+    """The picture, upright, on white, cropped to a square: (3, size, size) uint8."""
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
     with Image.open(path) as image:
@@ -855,40 +733,34 @@ def load_photo(path, size):
     white = Image.new("RGBA", image.size, "white")
     return pil_to_tensor(Image.alpha_composite(white, image).convert("RGB"))
 
+def load_pair(path, captions, size):
+    """(image, five captions), or a text that says why they are left out."""
+    texts = [text for text in captions if isinstance(text, str) and re.search(r"\w", text)]
+    if not texts:
+        return f"{path}: no caption with a word in it"
+    try:
+        return load_photo(path, size), [texts[k % len(texts)] for k in range(5)]
+    except Exception as error:  # a broken file may raise anything
+        return f"{path}: {error}"
 
-def decode(pairs, limit, size):
-    """For the cache: {split: (images, tokens, group)}, with five captions an image; vocab; what had
-    to be left out; and the shares of held-out captions that have unknown words or are cut."""
-    content = {"faults": []}
-
-    def load(item):
-        path, captions = item
-        texts = [text for text in captions if isinstance(text, str) and re.search(r"\w", text)]
-        if not texts:
-            return f"{path}: no caption with a word in it"
-        try:
-            return load_photo(path, size), [texts[k % len(texts)] for k in range(5)]
-        except Exception as error:  # a broken file may raise anything
-            return f"{path}: {error}"
-
-    for split in ("train", "val"):
-        items = list(pairs[split].items())[:limit or None]
+def decode(pairs, faults, limit, size):
+    """For the cache: {split: (images, tokens, group)}, vocab, faults, and unread, the share of
+    held-out captions with unknown words or cut ones."""
+    content = {}
+    for split, captions in pairs.items():
+        items = list(captions.items())[:limit or None]
         with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
-            loaded = list(tqdm(pool.map(load, items), f"decoding {split}", len(items)))
-        content["faults"] += [fault for fault in loaded if isinstance(fault, str)]
+            loaded = pool.map(lambda item: load_pair(*item, size), items)
+            loaded = list(tqdm(loaded, f"decoding {split}", len(items)))
+        faults = faults + [fault for fault in loaded if isinstance(fault, str)]
         loaded = [pair for pair in loaded if not isinstance(pair, str)]
-        if not loaded:
-            raise UserError(f"none of {len(items)} pictures can be used: {content['faults'][-1]}")
+        require(loaded, f"none of {len(items)} pictures can be used: {'; '.join(faults[-1:])}")
         images, texts = zip(*loaded)
         texts = list(chain(*texts))
-        content.setdefault("vocab", make_vocab(texts))  # of train, which comes first
-        per_text = tokenize(texts, content["vocab"]), group_texts(texts)  # (5 N, L), (5 N,)
-        content[split] = (torch.stack(images), *(part.unflatten(0, (-1, 5)) for part in per_text))
-    words = [words_of(text) for text in texts]  # of val
-    content["unknown"] = sum(not content["vocab"].keys() >= {*row} for row in words) / len(words)
-    content["cut"] = sum(len(row) > CONTEXT for row in words) / len(words)
-    return content
-
+        vocab = content.setdefault("vocab", make_vocab(texts))  # of train, which comes first
+        content[split] = (torch.stack(images), *read(texts, vocab, 5))
+    unread = [len(words) > CONTEXT or {*words} - vocab.keys() for words in map(words_of, texts)]
+    return content | {"faults": faults, "unread": sum(map(bool, unread)) / len(unread)}
 
 def photo_data(cfg):
     """Photographs with their captions, from the cache or decoded into it."""
@@ -896,35 +768,30 @@ def photo_data(cfg):
     pairs, faults = read_pairs(path)
     # The cache's name is a hash of all that decides what is in it: a stale one is never found.
     dates = [os.path.getmtime(image) for image in chain(*pairs.values())]
-    key = hashlib.sha256(repr((__version__, size, cfg.limit, pairs, dates)).encode()).hexdigest()
-    cache = Path(cfg.cache) / f"{path.stem}-{key}.pt"
+    facts = repr((__version__, size, cfg.limit, pairs, faults, dates)).encode()
+    cache = Path(cfg.cache) / f"{path.stem}-{hashlib.sha256(facts).hexdigest()}.pt"
     rank, world = rank_and_world()
     if rank == 0 and not cache.exists():
-        save_whole(decode(pairs, cfg.limit, size), cache)
+        save_whole(decode(pairs, faults, cfg.limit, size), cache)
     if world > 1:
         torch.distributed.barrier()  # the first process makes the cache, the others find it
     try:
         found = torch.load(cache, weights_only=True, mmap=True)
     except (RuntimeError, OSError):
         raise UserError(f"{cache} is damaged: delete it") from None
-    warnings = [f"{found[what]:.0%} of the held-out captions {why}, and may look alike to the model"
-                for what, why in (("unknown", "have words that training has not"),
-                                  ("cut", f"are cut after {CONTEXT} words")) if found[what] > .05]
-    faults += found["faults"]
-    if faults:
-        listed = cache.with_suffix(".txt")
-        listed.write_text("\n".join(faults) + "\n", encoding="utf-8")
-        warnings.append(f"left out: {'; '.join(faults[:3])}; {len(faults)} in all, named in {listed},"
-                        f" with {sum(map(len, pairs.values()))} pictures found")
-    for warning in warnings if rank == 0 else ():
-        print("warning:", warning, file=sys.stderr)
+    if rank == 0 and found["faults"]:
+        listed, few = cache.with_suffix(".txt"), "; ".join(found["faults"][:3])
+        listed.write_text("\n".join(found["faults"]) + "\n", encoding="utf-8")
+        print(f"warning: left out are {len(found['faults'])} beside {sum(map(len, pairs.values()))} "
+              f"pictures: {few}; all in {listed}", file=sys.stderr)
+    if rank == 0 and found["unread"] > 0.05:
+        print(f"warning: {found['unread']:.0%} of held-out captions have words that training has "
+              f"not, or more than {CONTEXT}: the model cannot read all of them", file=sys.stderr)
     return Data(Pairs(*found["train"]), Pairs(*found["val"]), found["vocab"], None)
-
 
 def load_data(cfg):
     """The Data that cfg names. Raises UserError where they cannot be used."""
     return scene_data(cfg) if cfg.data == "synthetic" else photo_data(cfg)
-
 
 # -- 9. Devices and processes ----------------------------------------------------------------------
 def find_device(name):
@@ -934,14 +801,10 @@ def find_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"  # as torchrun numbers its processes
     try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
+        return (torch.ones(1, device=name) + 1).device
     except (RuntimeError, AssertionError, ImportError):
-        n = torch.cuda.device_count()
-        raise UserError(f"device {name} cannot be used here ({n} GPUs; each process needs its own); "
-                        "try --device cpu") from None
-    return device
-
+        raise UserError(f"device {name} cannot be used here: {torch.cuda.device_count()} GPUs, and "
+                        "each process needs one of its own; try --device cpu") from None
 
 @contextmanager
 def joined(device):
@@ -949,13 +812,11 @@ def joined(device):
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
     joining = several and not torch.distributed.is_initialized()
     if joining:  # patiently, as the first may decode for long
-        gpu = device if device.type == "cuda" else None
-        torch.distributed.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1),
-                                             device_id=gpu)
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1), device_id=gpu)
     yield
     if joining:
         torch.distributed.destroy_process_group()
-
 
 def rank_and_world():
     """This process's number and how many there are: (0, 1) if it is alone."""
@@ -963,11 +824,9 @@ def rank_and_world():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
-
 def gather(rows):
-    """The rows (n, D) of all processes, (world * n, D), for a loss of the whole batch under
-    DistributedDataParallel. Plain all_gather gives constants, through which nothing trains; here
-    one's own rows have a gradient, times `world`, as that takes the mean over processes."""
+    """The rows (n, D) of all processes, (world * n, D). all_gather gives constants, through which
+    nothing trains; here one's own have a gradient, times `world`, as DDP takes the mean of all."""
     rank, world = rank_and_world()
     if world == 1:
         return rows
@@ -976,19 +835,16 @@ def gather(rows):
     parts[rank] = rows + (world - 1) * (rows - rows.detach())  # the value of rows
     return torch.cat(parts)
 
-
 def move(pairs, device):
     """Pairs in a GPU's memory, if they fill at most half of what is free: batches are at hand."""
     size = pairs.images.nbytes + pairs.texts.nbytes
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
         return pairs
-    return Pairs(pairs.images.to(device), pairs.texts.to(device))
-
+    return replace(pairs, images=pairs.images.to(device), texts=pairs.texts.to(device))
 
 def executables(model, cfg, device):
     """What a step calls for (images, texts) and for the loss: compiled, if cfg says so."""
-    alone = rank_and_world()[1] == 1
-    loss_of = cgap_loss
+    alone, loss_of = rank_and_world()[1] == 1, cgap_loss
     if cfg.compile:
         # On a GPU with recorded graphs: small encoders mostly wait for calls to be issued.
         mode = "reduce-overhead" if device.type == "cuda" and alone else "default"
@@ -1001,44 +857,28 @@ def executables(model, cfg, device):
         loss_of = torch.compile(cgap_loss, mode=mode)
     return model if alone else nn.parallel.DistributedDataParallel(model), loss_of
 
-
 # -- 10. Runs --------------------------------------------------------------------------------------
 # A folder with metrics.jsonl (a line for each evaluation), checkpoint.pt and figures. In memory a
 # dict: cfg, vocab, history, snapshots {step: (2, 256, dim) embeddings of images and texts}.
 def settle(cfg, resume=False):
     """cfg, checked, with a folder, which must be new, and paths that hold wherever one resumes."""
     cfg.check()
-    data = cfg.data if cfg.data == "synthetic" else os.path.abspath(cfg.data)
-    cache = os.path.abspath(os.path.expanduser(cfg.cache))
-    out = str(cfg.out)
-    if not out:
-        now, fraction = time.strftime("%Y%m%d-%H%M%S"), f"{time.time() % 1:.3f}"[1:]
-        out = f"runs/{now}{fraction}-{cfg.name()}-seed{cfg.seed}"
-    if os.path.exists(out) and not resume and not int(os.environ.get("RANK") or 0):
-        raise UserError(f"--out {out} exists: name another, or --resume it")
-    return replace(cfg, data=data, cache=cache, out=out)
-
+    now = time.strftime("%Y%m%d-%H%M%S") + f"{time.time() % 1:.3f}"[1:]
+    out = str(cfg.out) or f"runs/{now}-{cfg.name()}-seed{cfg.seed}"
+    is_new = int(os.environ.get("RANK") or 0) or not os.path.exists(out)
+    require(resume or is_new, f"--out {out} exists: name another, or --resume it")
+    data = "synthetic" if cfg.data == "synthetic" else os.path.abspath(cfg.data)
+    return replace(cfg, data=data, cache=os.path.abspath(os.path.expanduser(cfg.cache)), out=out)
 
 def save_whole(content, path):
     """torch.save, but that name has a whole file at every instant."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(draft, "wb") as file:
-            torch.save(content, file)
+        torch.save(content, draft)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def save_run(run, model, optimizer):
-    """Write metrics.jsonl and checkpoint.pt."""
-    folder = Path(run["cfg"].out)
-    lines = [json.dumps(record) + "\n" for record in run["history"]]
-    (folder / "metrics.jsonl").write_text("".join(lines))
-    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    save_whole(run | states | {"cfg": asdict(run["cfg"])}, folder / "checkpoint.pt")
-
 
 def load_run(folder):
     """The run in a folder. Raises UserError if there is none."""
@@ -1049,38 +889,31 @@ def load_run(folder):
     except Exception as error:  # whatever a missing, broken or foreign file may raise
         raise UserError(f"{path} is no checkpoint of this cgap ({type(error).__name__})") from None
 
-
 def load_model(folder):
-    """The TwoEncoders of a run, on the CPU, and its vocab: encode(model.image, images) and
-    encode(model.text, tokenize(captions, vocab)) then give raw embeddings."""
+    """The TwoEncoders of a run, on the CPU, for `encode`, and its vocab, for `tokenize`."""
     run = load_run(folder)
     model = TwoEncoders(run["cfg"], len(run["vocab"]))
     model.load_state_dict(run["model"])
-    return model.eval(), run["vocab"]
-
+    return model, run["vocab"]
 
 def check_model(model, data):
     """Raise UserError for a model of one's own that train cannot use."""
     encoders = [getattr(model, name, None) for name in ("image", "text")]
     ends = [getattr(encoder, "projection", None) for encoder in encoders]
-    if not hasattr(model, "log_scale") or not all(isinstance(end, nn.Linear) for end in ends):
-        raise UserError("a model of your own needs log_scale, image.projection and text.projection:"
-                        " train's docstring says what they are")
-    shapes = [encode(encoder, inputs).shape
-              for encoder, inputs in zip(encoders, data.val.batch(slice(2)))]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
-        raise UserError(f"encoders must give (B, D), one D for both, not {[*map(tuple, shapes)]}")
-
+    require(hasattr(model, "log_scale") and all(isinstance(end, nn.Linear) for end in ends),
+            "your model lacks log_scale, image.projection or text.projection: see train.__doc__")
+    shapes = [encode(*two).shape for two in zip(encoders, data.val.batch(slice(2)))]
+    require(shapes[0] == shapes[1] and len(shapes[0]) == 2,
+            f"encoders must give (B, D), one D for both, not {[*map(tuple, shapes)]}")
 
 def open_run(cfg, data, model, optimizer, resume):
     """A new run in a new folder or, to resume, that in cfg.out, with its weights put in place."""
     rank, world = rank_and_world()
-    if cfg.batch % world:
-        raise UserError(f"a batch of {cfg.batch} cannot be split over {world} processes")
+    require(cfg.batch % world == 0, f"batch {cfg.batch} cannot be split over {world} processes")
     if resume:
         run = load_run(cfg.out)
-        if run["vocab"] != data.vocab:
-            raise UserError(f"{cfg.out} was trained on other words than {cfg.data} has now")
+        require(run["vocab"] == data.vocab,
+                f"{cfg.out} was trained on other words than {cfg.data} has now")
         model.load_state_dict(run["model"])
         optimizer.load_state_dict(run["optimizer"])
         return run | {"cfg": cfg}
@@ -1088,12 +921,7 @@ def open_run(cfg, data, model, optimizer, resume):
         os.makedirs(cfg.out)  # fails if another run is first
     return {"cfg": cfg, "vocab": data.vocab, "history": [], "snapshots": {}}
 
-
 # -- 11. Figures, drawn from what runs have kept ---------------------------------------------------
-SHOWN = ("linear_separability", "centroid_distance", "spread", "overlap", "i2t_r1", "mixed_i2t",
-         "unif", "train_loss")
-
-
 def canvas(n, columns, size=3.8):
     """A matplotlib figure of n panels, `columns` a row, and the list of them."""
     from matplotlib.figure import Figure
@@ -1101,11 +929,12 @@ def canvas(n, columns, size=3.8):
     figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(n)]
 
-
 def plot_metrics(histories, path):
-    """A panel for each metric SHOWN, a line for each of {name: history}."""
-    figure, axes = canvas(len(SHOWN), 4)
-    for axis, metric in zip(axes, SHOWN):
+    """A panel for each of eight metrics, a line for each of {name: history}."""
+    shown = ("linear_separability", "centroid_distance", "spread", "overlap", "i2t_r1",
+             "mixed_i2t", "unif", "train_loss")
+    figure, axes = canvas(len(shown), 4)
+    for axis, metric in zip(axes, shown):
         for name, history in histories.items():
             steps = [record["step"] for record in history]
             axis.plot(steps, [record[metric] for record in history], "o-", ms=3, label=name)
@@ -1114,83 +943,74 @@ def plot_metrics(histories, path):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path)
 
-
-def in_plane(both):
-    """Embeddings of images and texts (2, n, D) in the plane of 0 and both means, the line from one
-    mean to the other across: (2, n, 2). It shows lengths as they are: all lie in the unit circle."""
-    x, y = both.mean(1)
-    across = F.normalize(y - x, dim=0)
-    up = F.normalize(x + y - (x + y) @ across * across, dim=0)
-    return both @ torch.stack([across, up], 1)
-
-
 class Clouds:
-    """A panel with both clouds in the unit circle, and grey lines between some pairs."""
-    def __init__(self, axis, pairs=100):
+    """A panel with images and texts in the plane of 0 and both means, from one mean to the other
+    across, and grey lines between some pairs. Its lengths are true: all is in the unit circle."""
+    def __init__(self, axis):
         from matplotlib.collections import LineCollection
         from matplotlib.patches import Circle
-        self.axis, self.pairs = axis, pairs
+        self.axis = axis
         axis.add_patch(Circle((0, 0), 1, fill=False, color="0.7"))
         self.lines = axis.add_collection(LineCollection([], colors="0.8", linewidths=0.5))
         self.dots = [axis.plot([], [], marker, ms=2.5)[0] for marker in ("o", "^")]
         axis.set(aspect="equal", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[])
-
     def show(self, both, title):
-        """Move them to embeddings (2, n, D): for an animation much faster than to draw anew."""
-        points = in_plane(both.float())
-        self.lines.set_segments(points[:, :self.pairs].transpose(0, 1).numpy())
+        """Move them to embeddings (2, n, D): in an animation, faster than to draw anew."""
+        x, y = both.float().mean(1)
+        across = F.normalize(y - x, dim=0)
+        up = F.normalize(x + y - (x + y) @ across * across, dim=0)
+        points = both.float() @ torch.stack([across, up], 1)  # (2, n, 2)
+        self.lines.set_segments(points[:, :100].transpose(0, 1).numpy())
         for dots, cloud in zip(self.dots, points):
             dots.set_data(*cloud.T)
-        self.axis.set_title(title, fontsize=10)
+        self.axis.set_title(title, fontsize=9)
 
+def plot_clouds(rows, path):
+    """Five moments of training of each of {name: {step: embeddings (2, n, D)}}, a row each."""
+    figure, axes = canvas(5 * len(rows), 5, 2.5)
+    for k, (name, clouds) in enumerate(rows.items()):
+        steps = list(clouds)
+        steps = [steps[min(j, len(steps) - 1)] for j in (0, 3, 5, 7, len(steps) - 1)]
+        for axis, step in zip(axes[5 * k:], steps):
+            separability = linear_separability(*clouds[step])
+            Clouds(axis).show(clouds[step], f"step {step}: separability {separability:.2f}")
+        axes[5 * k].set_ylabel(name)
+    figure.savefig(path)
 
-def animate(runs, path):
-    """All of training, the runs {label: run} side by side, as path.gif; its end as path.png."""
+def animate(rows, path):
+    """All of training of {name: {step: embeddings (2, n, D)}}, side by side, as a GIF."""
     from matplotlib.animation import FuncAnimation
-    figure, axes = canvas(len(runs), len(runs))
+    figure, axes = canvas(len(rows), len(rows))
     panels = [Clouds(axis) for axis in axes]
 
     def frame(k):
-        for panel, (label, run) in zip(panels, runs.items()):
-            step, both = list(run["snapshots"].items())[min(k, len(run["snapshots"]) - 1)]
-            panel.show(both, f"{label}\nstep {step}")
+        for panel, (name, clouds) in zip(panels, rows.items()):
+            step, both = list(clouds.items())[min(k, len(clouds) - 1)]
+            panel.show(both, f"{name}\nstep {step}")
 
     frame(0)
     figure.legend(panels[0].dots, ["images", "texts"], loc="outside lower center", ncols=2)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not for each frame
-    frames = max(len(run["snapshots"]) for run in runs.values()) + 5  # it rests at the end
-    FuncAnimation(figure, frame, frames).save(f"{path}.gif", "pillow", dpi=80)
-    figure.savefig(f"{path}.png")
-
+    frames = max(map(len, rows.values())) + 5  # it rests at the end
+    FuncAnimation(figure, frame, frames).save(path, "pillow", dpi=80)
 
 def plot_runs(folders, out):
     """All figures of one run or several, into the folder `out`."""
     runs = {}
     for run in map(load_run, folders):
-        cfg = run["cfg"]
-        label = f"{cfg.name()}, T = {cfg.temperature:g}, seed {cfg.seed}"
-        runs[label if label not in runs else f"{label} ({cfg.out})"] = run
+        label = f"{run['cfg'].name()}, T = {run['cfg'].temperature:g}, seed {run['cfg'].seed}"
+        runs[label if label not in runs else f"{label} ({run['cfg'].out})"] = run
+    snapshots = {label: run["snapshots"] for label, run in runs.items()}
     os.makedirs(out, exist_ok=True)
     plot_metrics({label: run["history"] for label, run in runs.items()}, f"{out}/gap.png")
-    animate(runs, f"{out}/embeddings")
-    print(f"{out}: gap.png, embeddings.gif, embeddings.png")
-
-
-def plot_points(rows, path):
-    """The smallest gaps {name: (history, clouds)}: a row each, over steps."""
-    steps = [step for step in (0, 5, 20, 100, 600) if all(step in clouds for _, clouds in rows.values())]
-    figure, axes = canvas(len(rows) * len(steps), len(steps), 2.5)
-    for k, (name, (history, clouds)) in enumerate(rows.items()):
-        for axis, step in zip(axes[k * len(steps):], steps):
-            record = next(record for record in history if record["step"] == step)
-            Clouds(axis, pairs=0).show(clouds[step], f"step {step}: separability "
-                                       f"{record['linear_separability']:.2f}")
-        axes[k * len(steps)].set_ylabel(name)
-    figure.savefig(path)
-
+    plot_clouds(snapshots, f"{out}/embeddings.png")
+    animate(snapshots, f"{out}/embeddings.gif")
+    print(f"{out}: gap.png, embeddings.png, embeddings.gif")
 
 # -- 12. The command line --------------------------------------------------------------------------
+POINTS = {"temperature", "dim", "seed", "steps", "mismatch", "out"}  # flags that go with --points
+
 def points(out="runs/points", temperature=0.01, **settings):
     """Run the smallest gap in four ways, print how each ends and draw them."""
     torch.set_num_threads(1)  # so little work is not worth sharing
@@ -1201,20 +1021,18 @@ def points(out="runs/points", temperature=0.01, **settings):
     for name, changes in (("points alone", {"offset": 0}), ("with shared vectors", {}),
                           ("the same, T = 0.2", {"temperature": 0.2}),
                           ("the same, CUA", {"unif": 1, "align": 1})):
-        rows[name] = smallest_gap(**{"temperature": temperature} | settings | changes)
-        end = rows[name][0][-1]
-        print(f"{name:22}", *(f"{end[metric]:{len(metric)}.3f}" for metric in shown))
+        history, rows[name] = smallest_gap(**{"temperature": temperature} | settings | changes)
+        print(f"{name:22}", *(f"{history[-1][metric]:{len(metric)}.3f}" for metric in shown))
     os.makedirs(out, exist_ok=True)
-    plot_points(rows, f"{out}/points.png")
+    plot_clouds(rows, f"{out}/points.png")
     print(f"{out}/points.png")
-
 
 def run_command(given):
     """Do what the flags say: a dict of those that were given."""
     useful = {"points": POINTS, "plot": {"out"}, "resume": {"device"}}
     for mode in useful.keys() & given:
-        for name in given.keys() - useful[mode] - {mode}:
-            raise UserError(f"--{name} does nothing with --{mode}: leave it out")
+        idle = given.keys() - useful[mode] - {mode}
+        require(not idle, f"--{' --'.join(sorted(idle))} does nothing with --{mode}: leave it out")
     if given.pop("points", False):
         Config(**given).check()
         return points(**given)
@@ -1228,37 +1046,30 @@ def run_command(given):
         print(f"\ninterrupted: if training had begun, --resume {cfg.out} goes on", file=sys.stderr)
         sys.exit(130)
     if history:  # of several processes, only the first has one
-        print(f"\n{cfg.name()}, T = {cfg.temperature:g}, seed {cfg.seed}; train_...: pairs that it "
-              f"trains on, others: held-out pairs\n{'start':>34}{'end':>10}")
+        print(f"\n{cfg.name()}, T = {cfg.temperature:g}, seed {cfg.seed}; but for train_..., of "
+              f"held-out pairs\n{'start':>34}{'end':>10}")
         for name in list(history[-1])[1:]:  # all but the step
             print(f"{name:24}{history[0][name]:10.3f}{history[-1][name]:10.3f}")
         plot_runs([cfg.out], cfg.out)
-
-
-POINTS = {"temperature", "dim", "seed", "steps", "mismatch", "out"}  # flags that go with --points
-
 
 def main(argv=None):
     """Run the command line."""
     example = "example: python cgap.py --unif 1 --align 1 --temperature 0.1 --mismatch 0.2"
     parser = argparse.ArgumentParser("cgap.py", argparse.SUPPRESS, __doc__.split("\n")[0], example,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("--points", action="store_true", help="the smallest gap: no encoders; goes "
-                        "with " + ", ".join(f"--{name}" for name in sorted(POINTS)))
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; goes "
-                        "with --device")
-    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw a run, or several as one; "
-                        "goes with --out")
+    parser.add_argument("--points", action="store_true",
+                        help=f"the smallest gap: no encoders; takes --{' --'.join(sorted(POINTS))}")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run; takes --device")
+    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs as one; takes --out")
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        default = "" if f.default in ("", False) else f" (default: {f.default})"
+        default = "" if f.type is bool or f.default == "" else f" (default: {f.default})"
         text = (f.metadata["help"] + default).replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     try:
         run_command(vars(parser.parse_args(argv)))
     except (UserError, OSError) as error:
         parser.error(" ".join(str(error).split()))  # in one line, and exits with 2
-
 
 if __name__ == "__main__":
     main()
