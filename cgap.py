@@ -931,8 +931,8 @@ def canvas(n, columns, size=3.8):
 
 def plot_metrics(histories, path):
     """A panel for each of eight metrics, a line for each of {name: history}."""
-    shown = ("linear_separability", "centroid_distance", "spread", "overlap", "i2t_r1",
-             "mixed_i2t", "unif", "train_loss")
+    shown = ("linear_separability", "spread", "overlap", "i2t_r1", "mixed_i2t",  # of 0 to 1
+             "centroid_distance", "unif", "train_loss")
     figure, axes = canvas(len(shown), 4)
     for axis, metric in zip(axes, shown):
         for name, history in histories.items():
@@ -940,6 +940,8 @@ def plot_metrics(histories, path):
             axis.plot(steps, [record[metric] for record in history], "o-", ms=3, label=name)
         axis.set(xlabel="training step", title=metric.replace("_", " "))
         axis.set_xlim(left=0)
+        if metric in shown[:5]:
+            axis.set_ylim(0, 1.05)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path)
 
@@ -1019,8 +1021,8 @@ def points(out="runs/points", temperature=0.01, **settings):
     print(f"{'at the end':22}", *shown)
     rows = {}
     for name, changes in (("points alone", {"offset": 0}), ("with shared vectors", {}),
-                          ("the same, T = 0.2", {"temperature": 0.2}),
-                          ("the same, CUA", {"unif": 1, "align": 1})):
+                          ("... warm, T = 0.2", {"temperature": 0.2}),
+                          ("... with two terms", {"unif": 1, "align": 1})):
         history, rows[name] = smallest_gap(**{"temperature": temperature} | settings | changes)
         print(f"{name:22}", *(f"{history[-1][metric]:{len(metric)}.3f}" for metric in shown))
     os.makedirs(out, exist_ok=True)
