@@ -5,7 +5,6 @@ CLIP maps a picture and its caption to nearby points of one sphere. Yet all pict
 region of it and all captions in another. "It's Not a Modality Gap" (Fahim, Murphy, Fyshe, arXiv
 2405.18570) shows that the contrastive loss itself makes this gap, and that two more terms,
 uniformity and alignment, close it:
-
     python cgap.py --points                  # the smallest gap: no encoders, some seconds
     python cgap.py                           # two encoders and the CLIP loss: a gap
     python cgap.py --unif 1 --align 1        # two more terms: it closes
@@ -76,19 +75,16 @@ def uniformity(x, y, t=2.0):
     return total - torch.full((), N * (N - 1.0), dtype=x.dtype, device=x.device).log()
 
 def alignment(x, y):
-    """mean_i |x_i - y_i|^2 of unit vectors (N, D): a scalar, 0 to 4, lower the closer pairs are;
-    their mean cosine is 1 - alignment / 2. Source: Wang & Isola, arXiv 2005.10242."""
+    """mean_i |x_i - y_i|^2 of unit vectors (N, D), 0 to 4: 2 - 2 mean cosine. Source: the same."""
     return (x - y).square().sum(1).mean()
 
 def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=False):
     """CLIP + unif * uniformity + align * alignment + xunif * cross-modal uniformity: a scalar to
-    minimise, often negative. Source: the paper's L_CUAXU.
-
-    x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here.
-    temperature: T, not 1 / T: a number up to 1 or, to learn it, a scalar tensor.
-    center: subtract the batch's means first; `fold_means` then makes ordinary encoders of them.
-    With several processes, x and y must be those of all, with gradients (`gather`): the log of a
-    mean is not the mean of logs. Raises ValueError for other shapes or such a number."""
+    minimise, often negative. x, y: (N, D) raw embeddings, row i of x paired with row i of y; they
+    are normalised here. temperature: T, not 1 / T: a number up to 1 or, to learn it, a scalar
+    tensor. center: subtract the batch's means first (see `fold_means`). Of several processes, x and
+    y must be those of all, with gradients (`gather`): the log of a mean is not the mean of logs.
+    Raises ValueError for other shapes or such a number. Source: the paper's L_CUAXU."""
     if isinstance(temperature, (int, float)) and not 0 < temperature <= 1:
         raise ValueError(f"temperature is T, at most 1, not 1 / T: it is {temperature}")
     x, y = as_pairs(x, y)
@@ -105,8 +101,7 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
 
 # -- 2. Measuring the gap --------------------------------------------------------------------------
 # No number tells all. Clouds with one centre can be told apart; clouds that nobody can tell apart
-# can sit in a corner where all pairs are close, or lie in directions of their own, so that a
-# picture's nearest neighbours are pictures. Whatever is measured here takes tensors or arrays.
+# can be narrow, or lie in directions of their own. Whatever measures takes tensors or arrays.
 def measurable(x, y, least=2):
     """x and y as unit vectors; ValueError if a measure of them would mean nothing."""
     x, y = as_pairs(x, y)
@@ -143,16 +138,14 @@ def linear_separability(x, y, C=1.0):
 
 @torch.no_grad()
 def gap_metrics(x, y):
-    """All measures of the gap between paired embeddings x, y (N, D), as a dict of floats.
-
+    """All measures of the gap between paired embeddings x, y (N, D), as a dict of floats:
     linear_separability   can a classifier tell them apart? 0.5 never, 1 always; _c100: C = 100
     centroid_distance     |mean x - mean y|, 0 to 2
     unif, align, xunif    the terms of the loss: uniformity (mean of both), alignment, across
     margin                mean cosine of pairs less that of strangers, -2 to 2: Tr Cov(x, y)
     spread                what is left without the means, sqrt(Tr Cov(x) Tr Cov(y)): 0 is a point
     agreement             margin / spread, -1 to 1: do the two sides vary together?
-    overlap               the cosine of Cov(x) and Cov(y): 0 if each side varies in directions of
-                          its own, 1 if in the same ones to the same extent
+    overlap               the cosine of Cov(x) and Cov(y): 0 if each side has directions of its own
     x, y are normalised here; about 30 N^2 bytes. Raises ValueError for other shapes, N < 5, D < 2,
     a row that is zero or not finite. Source: the paper; the last four are identities of ours."""
     x, y = measurable(*(torch.as_tensor(z).cpu().double() for z in (x, y)), least=5)
@@ -207,11 +200,10 @@ def mixed_recall(x, y, group=None):
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # No encoders, only points that the loss moves as it likes. Left alone, they open no gap. Give each
 # side one vector that all its points share, like an encoder's bias, and they are two clouds within
-# a step or two. Nothing has to push: in many dimensions two directions are nearly always far apart,
-# so two vectors that move freely part the clouds, even if random numbers move them (`steer`).
-# What keeps the clouds apart is the loss, or rather what it does not do. A softmax sees differences
-# of cosines, divided by T. Where T is warm, pairs must coincide to be sure of each other, and the
-# clouds merge again. Where T is cold, pairs a little closer than strangers suffice: nothing pulls.
+# a step or two. Nothing has to push: two directions are nearly always far apart, so two vectors
+# that move freely part the clouds, even if random numbers move them (`steer`). And nothing pulls
+# back: a softmax sees differences of cosines over T. Where T is cold, pairs a little closer than
+# strangers suffice; where it is warm, pairs must coincide to be sure, and the clouds merge.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, steer=None, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
@@ -244,8 +236,8 @@ def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=6
 
 def mismatched(n, share, seed=0):
     """The partner of each of n, (n,): itself or, for a random share (two at least), another."""
-    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    chosen = chosen[:max(2, round(share * n)) if share else 0]
+    generator = torch.Generator().manual_seed(2 ** 32 + seed)  # not as the order of a run's batches
+    chosen = torch.randperm(n, generator=generator)[:max(2, round(share * n)) if share else 0]
     partner = torch.arange(n)
     partner[chosen] = chosen.roll(1)
     return partner
@@ -395,8 +387,8 @@ class Pairs:
 
 # train, val: Pairs. vocab: {word: number}. tasks: Tasks or None.
 Data = namedtuple("Data", "train val vocab tasks")
-# Zero-shot: prompts[labels[i]] should be nearest to images[i]; unseen[i]: never met in training.
-# Arithmetic: image pool[query[q]] + word new[q] - word old[q] must be nearest to a pool[i] with
+# Zero-shot: prompts[labels[i]] should be nearest to images[i]; unseen[i]: not met in training.
+# Arithmetic: nearest to image pool[query[q]] + word new[q] - word old[q] must be a pool[i] with
 # correct[q, i]; q goes over the five words of scenes: colour, shape, colour, shape, relation.
 Tasks = namedtuple("Tasks", "images labels unseen prompts pool query old new correct")
 
@@ -417,8 +409,7 @@ def prepare(data, cfg):
     return Data(train, val, vocab, tasks)
 
 # -- 6. Training and evaluation --------------------------------------------------------------------
-# From the machinery: rank_and_world() is (0, 1) and gather changes nothing but with several
-# processes (section 9). A run is a dict that is kept in a folder (section 10).
+# With one process rank_and_world() is (0, 1), gather does nothing (section 9). A run: section 10.
 def do_tasks(model, tasks):
     """Accuracies in zero-shot and in arithmetic."""
     cosines = unit(encode(model.image, tasks.images)) @ unit(encode(model.text, tasks.prompts)).T
@@ -782,8 +773,8 @@ def photo_data(cfg):
     if rank == 0 and found["faults"]:
         listed, few = cache.with_suffix(".txt"), "; ".join(found["faults"][:3])
         listed.write_text("\n".join(found["faults"]) + "\n", encoding="utf-8")
-        print(f"warning: left out are {len(found['faults'])} beside {sum(map(len, pairs.values()))} "
-              f"pictures: {few}; all in {listed}", file=sys.stderr)
+        print(f"warning: left out are {len(found['faults'])}, with {sum(map(len, pairs.values()))} "
+              f"pictures found: {few}; all in {listed}", file=sys.stderr)
     if rank == 0 and found["unread"] > 0.05:
         print(f"warning: {found['unread']:.0%} of held-out captions have words that training has "
               f"not, or more than {CONTEXT}: the model cannot read all of them", file=sys.stderr)

@@ -14,8 +14,7 @@ LEARNED = {"temperature": 0.07, "learn_temperature": True}
 GAP = ("linear_separability", "linear_separability_c100", "centroid_distance", "unif", "align")
 SHARED = ("margin_in_T", "spread", "agreement", "overlap")
 SEARCH = ("i2t_r1", "t2i_r1", "mixed_i2t", "mixed_t2i")
-TASKS = ("zero_shot", "zero_shot_unseen", "arithmetic_attribute", "arithmetic_relation",
-         "arithmetic_caption")
+TASKS = ("zero_shot", "zero_shot_unseen", "arithmetic_attribute", "arithmetic_relation")
 SUBTRACTED = ("mixed_i2t_subtracted", "mixed_t2i_subtracted")
 
 
