@@ -112,11 +112,12 @@ def points():
              "both get one gradient": {"steer": "one gradient"}}
     shown = ("linear_separability", "centroid_distance", "unif", "spread", "agreement", "overlap",
              "mixed_i2t", "mixed_t2i")
-    return Claim(rows, shown, kind="points", drawn=("linear_separability", "spread", "overlap", "mixed_i2t"))
+    return Claim(rows, shown, kind="points",
+                 drawn=("linear_separability", "spread", "overlap", "mixed_i2t"))
 
 
 def explanations():
-    """What the paper rules out: same images in both encoders; no gap to begin with; enough steps."""
+    """What the paper rules out: same images in both encoders, no gap at first, enough steps."""
     size = {"steps": 400, "remove_gap": True}
     rows = grid(LOSSES, (0.01,), "same images, ", same_modality=True, **size)
     rows |= grid({"CLIP": {}}, (0.07,), "same images, ", same_modality=True, **size)

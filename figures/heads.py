@@ -4,13 +4,13 @@ they gave of paired images and texts, for a list of losses and temperatures, and
     python figures/heads.py IMAGES.pt TEXTS.pt
     python figures/heads.py IMAGES.pt TEXTS.pt --temperatures 0.05 0.1 learned --steps 2000
 
-IMAGES.pt: a saved tensor (N, D), a row for each image. TEXTS.pt: (N, E), or (N, K, E) for K captions
-of each image. Row i of one belongs to row i of the other. The encoders stay as they are; each head
-is LayerNorm, a hidden layer and a projection. An eighth of the pairs, 1,000 at most, is held out. A
-row takes half a minute on a CPU for 8,000 images.
+IMAGES.pt: a saved tensor (N, D), a row for each image. TEXTS.pt: (N, E), or (N, K, E) for K
+captions of each image. Row i of one belongs to row i of the other. The encoders stay as they are;
+each head is LayerNorm, a hidden layer and a projection. An eighth of the pairs, 1,000 at most, is
+held out. A row takes half a minute on a CPU for 8,000 images.
 
-mixed search: one index of images and texts, is the nearest of all the right partner? The last column
-is that after subtracting from each side the mean of training pairs.
+Mixed search: in one index of images and texts, is the nearest of all the right partner? The last
+columns are that after subtracting from each side the mean of training pairs.
 """
 import argparse
 import itertools

@@ -103,7 +103,8 @@ def run_job(job):
         history, _ = cgap.smallest_gap(seed=job["seed"], steer=steer, **settings)
     elif job["kind"] == "heads":
         data = data_of(features=tuple(job["features"]))
-        history = heads.train_heads(data, folder, seed=job["seed"], device=job["device"], **settings)
+        where = {"seed": job["seed"], "device": job["device"]}
+        history = heads.train_heads(data, folder, **where, **settings)
     else:
         start, projections = settings.pop("start", None), settings.pop("projections", None)
         wrong = settings.pop("wrong", None)
@@ -329,7 +330,7 @@ def main():
                         help="for the claim `photographs`: heads.py says what is in them")
     parser.add_argument("--device", default="cpu", help="as cgap.py's")
     parser.add_argument("--at-a-time", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--write", action="store_true", help="only draw and write the gallery again")
+    parser.add_argument("--write", action="store_true", help="only draw and write again")
     args = parser.parse_args()
     names = list(CLAIMS) if "all" in args.claims else args.claims
     if "photographs" in names and not (args.features or args.write):
