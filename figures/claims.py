@@ -112,7 +112,7 @@ def points():
              "both get one gradient": {"steer": "one gradient"}}
     shown = ("linear_separability", "centroid_distance", "unif", "spread", "agreement", "overlap",
              "mixed_i2t", "mixed_t2i")
-    return Claim(rows, shown, kind="points",
+    return Claim(rows, shown, kind="points", picture="draw_points",
                  drawn=("linear_separability", "spread", "overlap", "mixed_i2t"))
 
 

@@ -164,9 +164,10 @@ def measure(names, options):
         results[name][label] = [[rounded(history[0]), rounded(history[-1])]
                                 for history in histories]
     if "losses" in names:
-        shown = ("CLIP, T = 0.01", "CUA, T = 0.01", "CLIP, T = 0.1")
-        runs = {label: cgap.load_run(rows["losses", label][0]["folder"]) for label in shown}
-        cgap.animate(runs, HERE / "embeddings")
+        snapshots = {label: cgap.load_run(rows["losses", label][0]["folder"])["snapshots"]
+                     for label in ("CLIP, T = 0.01", "CUA, T = 0.01", "CLIP, T = 0.1")}
+        cgap.plot_clouds(snapshots, HERE / "embeddings.png")
+        cgap.animate(snapshots, HERE / "embeddings.gif")
     return results
 
 
@@ -223,8 +224,8 @@ def table(name, rows):
 
 
 # ---- pictures ----
-def draw_dots(name, rows):
-    """A dot for each seed of each row, in panels; the row with the best first value on top."""
+def draw_dots(name, rows, file=None):
+    """A dot for each seed of each row, in panels; the row with the highest first value on top."""
     panels = CLAIMS[name].drawn or CLAIMS[name].shown[:4]
     order = sorted(rows, key=lambda label: values(rows[label], panels[0]).mean())
     figure, axes = cgap.canvas(len(panels), len(panels))
@@ -237,7 +238,13 @@ def draw_dots(name, rows):
         axis.set(xlabel=spelled(metric), ylim=(-0.5, len(rows) - 0.5))
         axis.set_yticks(range(len(rows)), order if axis is axes[0] else [""] * len(rows))
         axis.grid(axis="y", color="0.9")
-    figure.savefig(HERE / f"{name}.png")
+    figure.savefig(HERE / (file or f"{name}.png"))
+
+
+def draw_points(name, rows):
+    """What `python cgap.py --points` draws, points.png, and the dots of the rows."""
+    cgap.points(out=HERE)
+    draw_dots(name, rows, "points-push.png")
 
 
 def draw_margin(name, rows):
