@@ -17,12 +17,12 @@ Part one, the paper                          Part two, the machinery
   5. Settings and pairs                       11. Figures
   6. Training and evaluation                  12. The command line
 """
-import argparse, csv, functools, hashlib, json, os, re, sys, time, unicodedata
+import argparse, csv, functools, hashlib, json, os, re, sys, unicodedata
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import chain
 from pathlib import Path
 from tqdm import tqdm
@@ -46,8 +46,8 @@ def as_pairs(x, y):
     ValueError for other shapes: they may give a number, too, but a wrong one."""
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
-        raise ValueError("x and y must both be (N, D), N > 1, with a row for each pair (of several "
-                         f"captions of an image, take one); they are {(*x.shape,)}, {(*y.shape,)}")
+        raise ValueError("x and y must both be (N, D), N > 1, a row for each pair (of an image's "
+                         f"captions, take one), not {tuple(x.shape)} and {tuple(y.shape)}")
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return x.to(dtype), y.to(dtype)
 
@@ -69,26 +69,26 @@ def uniformity(x, y, t=2.0):
     x, y = as_pairs(x, y)
     N = len(x)
     exponents = 2 * t * (x @ y.T - 1)  # (N, N); on the sphere |a - b|^2 = 2 - 2 a.b
-    itself = torch.eye(N, dtype=torch.bool, device=x.device)
-    total = exponents.masked_fill(itself, -math.inf).flatten().logsumexp(0)
-    # A tensor: in math.log, N would be a constant to torch.compile, which compiles for each anew.
-    return total - torch.full((), N * (N - 1.0), dtype=x.dtype, device=x.device).log()
+    others = ~torch.eye(N, dtype=torch.bool, device=x.device)
+    total = exponents.masked_fill(~others, -math.inf).flatten().logsumexp(0)
+    # Their number, not from math.log, to which torch.compile would give N as a constant
+    return total - others.sum(dtype=x.dtype).log()
 
 def alignment(x, y):
-    """mean_i |x_i - y_i|^2 of unit vectors (N, D), 0 to 4: 2 - 2 mean cosine. Source: the same."""
+    """mean_i |x_i - y_i|^2 of unit vectors (N, D), 0 to 4: 2 - 2 mean cosine (Wang & Isola)."""
     return (x - y).square().sum(1).mean()
 
 def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=False):
     """CLIP + unif * uniformity + align * alignment + xunif * cross-modal uniformity: a scalar to
     minimise, often negative. x, y: (N, D) raw embeddings, row i of x paired with row i of y; they
     are normalised here. temperature: T, not 1 / T: a number up to 1 or, to learn it, a scalar
-    tensor. center: subtract the batch's means first (see `fold_means`). Of several processes, x and
-    y must be those of all, with gradients (`gather`): the log of a mean is not the mean of logs.
-    Raises ValueError for other shapes or such a number. Source: the paper's L_CUAXU."""
+    tensor. center: subtract the batch's means first (then see `fold_means`, section 4). Of several
+    processes, give the rows of all, with gradients (`gather`, section 9): the log of a mean is not
+    the mean of logs. Raises ValueError for other shapes or T above 1. Source: paper's L_CUAXU."""
     if isinstance(temperature, (int, float)) and not 0 < temperature <= 1:
         raise ValueError(f"temperature is T, at most 1, not 1 / T: it is {temperature}")
     x, y = as_pairs(x, y)
-    with torch.autocast(x.device.type, enabled=False):  # bfloat16 errs by .2 at 1 / T = 100
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16's logits err by .2 at T = .01
         x, y = unit(x, center), unit(y, center)
         loss = clip_loss(x, y, temperature)
         if unif:  # what has no weight is not computed: it takes time
@@ -106,8 +106,9 @@ def measurable(x, y, least=2):
     """x and y as unit vectors; ValueError if a measure of them would mean nothing."""
     x, y = as_pairs(x, y)
     if len(x) < least or x.shape[1] < 2:
-        raise ValueError(f"x and y must be (N, D), N >= {least}, D > 1, not {(*x.shape,)}")
-    bad = (~torch.stack([x, y]).norm(dim=2).log().isfinite()).any(0).nonzero()
+        raise ValueError(f"x and y must be (N, D), N >= {least}, D > 1, not {tuple(x.shape)}")
+    lengths = torch.stack([x, y]).norm(dim=2)
+    bad = ((lengths == 0) | ~lengths.isfinite()).any(0).nonzero()
     if len(bad):
         raise ValueError(f"row {bad[0].item()} of x or y is zero or not finite, as {len(bad)} of "
                          f"{len(x)} are: leave these pairs out")
@@ -173,8 +174,9 @@ def best_temperature(x, y, batch=64):
     starts = range(0, len(x) - batch + 1, batch)
     cosines = torch.stack([x[i:i + batch] @ y[i:i + batch].T for i in starts])
     matched = torch.arange(batch, device=x.device).expand(len(cosines), -1)
-    return min((10 ** (k / 20) for k in range(0, -47, -1)),  # the softmax is over dimension 1
-               key=lambda T: sum(F.cross_entropy(z / T, matched) for z in (cosines, cosines.mT)))
+    grid = [10 ** (-k / 20) for k in range(47)]  # of (batches, batch, batch), classes are dim 1
+    return min(grid, key=lambda T: sum(F.cross_entropy(z / T, matched)
+                                       for z in (cosines, cosines.mT)))
 
 @torch.no_grad()
 def recall(x, y, group=None, mixed=False):
@@ -187,9 +189,11 @@ def recall(x, y, group=None, mixed=False):
     N = len(both) // 2
     group = torch.as_tensor(range(N) if group is None else group).to(both.device)
     if group.shape != (N,):
-        raise ValueError(f"group must be ({N},), a number for each pair, not {(*group.shape,)}")
-    same = group[:, None] == group if mixed else torch.ones(N, N, dtype=bool, device=both.device)
-    cosines = (both @ both.T).masked_fill_(torch.block_diag(same, same), -math.inf)
+        raise ValueError(f"group must be ({N},), a number for each pair, not {tuple(group.shape)}")
+    hidden = group[:, None] == group  # in one's own modality, oneself and equal captions
+    if not mixed:
+        hidden = torch.ones_like(hidden)  # all of it
+    cosines = (both @ both.T).masked_fill_(torch.block_diag(hidden, hidden), -math.inf)
     right = group.repeat(2)[cosines.argmax(1)] == group.repeat(2)
     return right.view(2, N).float().mean(1).tolist()
 
@@ -208,9 +212,9 @@ def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=6
                  mismatch=0.0, steer=None, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
     offset: its learning rate, as a multiple of the points'. mismatch: the share of wrong pairs,
-    others in each step. steer: a function of the step and the offsets' gradient (2, 1, dim) that
-    returns what to use instead. weights: cgap_loss's. Returns a list of dicts (`step`, gap_metrics,
-    `mixed_i2t`, `mixed_t2i`) and {step: the clouds (2, n, dim)}, both at a few steps."""
+    different ones in each step. steer: a function of the step and the offsets' gradient (2, 1, dim)
+    that returns what to use instead. weights: cgap_loss's. Returns a list of dicts (`step`,
+    gap_metrics, `mixed_i2t`, `mixed_t2i`) and {step: the clouds (2, n, dim)}, at a few steps."""
     torch.manual_seed(seed)
     cone = torch.randn(dim) / dim ** 0.5
     points = (cone + 0.3 / dim ** 0.5 * torch.randn(2, n, dim)).requires_grad_()
@@ -235,9 +239,10 @@ def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=6
     return history, clouds
 
 def mismatched(n, share, seed=0):
-    """The partner of each of n, (n,): itself or, for a random share (two at least), another."""
-    generator = torch.Generator().manual_seed(2 ** 32 + seed)  # not as the order of a run's batches
-    chosen = torch.randperm(n, generator=generator)[:max(2, round(share * n)) if share else 0]
+    """The partner of each of n pairs, (n,): its own or, for a random share, another's."""
+    generator = torch.Generator().manual_seed(seed or 2 ** 31)  # 0 draws the first epoch's order
+    wrong = max(2, round(share * n)) if share else 0  # one alone has nobody to swap with
+    chosen = torch.randperm(n, generator=generator)[:wrong]
     partner = torch.arange(n)
     partner[chosen] = chosen.roll(1)
     return partner
@@ -272,8 +277,8 @@ class TextEncoder(nn.Module):
         is_word = tokens != 0  # (B, L)
         h = self.token(tokens) + self.position[:tokens.shape[1]]  # (B, L, 128)
         h = self.norm(self.body(h, src_key_padding_mask=~is_word))
-        is_word = is_word[..., None]  # (B, L, 1)
-        return self.projection((h * is_word).sum(1) / is_word.sum(1))  # mean over the words
+        weight = is_word[..., None]  # (B, L, 1)
+        return self.projection((h * weight).sum(1) / weight.sum(1))  # mean over the words
 
 class TwoEncoders(nn.Module):
     """Encoders for images and texts (or, `same_modality`, images again), and a temperature."""
@@ -304,7 +309,7 @@ def remove_initial_gap(model, images, texts):
     x, y = x - mean_x, y - mean_y
     u, _, vt = torch.linalg.svd(y.T @ x)
     turn = (u @ vt).T * x.norm() / y.norm()
-    last = model.text.projection  # W h + b becomes turn (W h + b - mean_y) + mean_x
+    last = model.text.projection  # W h + b becomes turn (W h + b - mean_y) + mean_x, h a column
     last.weight.copy_(turn @ last.weight)
     last.bias.copy_(turn @ (last.bias - mean_y) + mean_x)
 
@@ -358,7 +363,7 @@ class Config:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             require(f.type is str or low <= value <= high,  # nan is not
-                    f"{f.name} must be from {low:g} to {high:g}, not {value}")
+                    f"--{f.name.replace('_', '-')} must be {low:g} to {high:g}, not {value}")
     def loss_settings(self):
         """What cgap_loss takes beside embeddings and temperature."""
         return {"unif": self.unif, "align": self.align, "xunif": self.xunif, "center": self.center}
@@ -381,6 +386,9 @@ class Pairs:
                 f"Pairs are images (N, ...) and texts (N, K, ...), K for each, not {shapes}")
         if self.group is None:
             self.group = torch.arange(math.prod(shapes[1][:2])).view(shapes[1][:2])
+    def __getitem__(self, part):
+        return replace(self, images=self.images[part], texts=self.texts[part],
+                       group=self.group[part])
     def batch(self, i, epoch=0):
         """Images i (indices or a slice), each with one of its texts, another in each epoch."""
         return self.images[i], self.texts[i, epoch % self.texts.shape[1]]
@@ -396,20 +404,21 @@ def prepare(data, cfg):
     """Data as cfg wants them: limited, of one modality, with wrong captions to train on."""
     train, val, vocab, tasks = data
     if cfg.limit:
-        train, val = (Pairs(pairs.images[:cfg.limit], pairs.texts[:cfg.limit],
-                            pairs.group[:cfg.limit]) for pairs in (train, val))
+        train, val = train[:cfg.limit], val[:cfg.limit]
     n, held_out = len(train.images), len(val.images)
     require(n >= cfg.batch and held_out >= 5,
-            f"too few images: {n} for a batch of {cfg.batch}, {held_out} to measure (5)")
+            f"too few images: {n} for a batch of {cfg.batch}, {held_out} held out (5 at least)")
     if cfg.same_modality:
         train, val = (Pairs(pairs.images, pairs.images[:, None]) for pairs in (train, val))
         tasks = None
     if cfg.mismatch:
-        train = replace(train, texts=train.texts[mismatched(n, cfg.mismatch, cfg.seed)])
+        partner = mismatched(n, cfg.mismatch, cfg.seed)
+        train = replace(train, texts=train.texts[partner], group=train.group[partner])
     return Data(train, val, vocab, tasks)
 
 # -- 6. Training and evaluation --------------------------------------------------------------------
-# With one process rank_and_world() is (0, 1), gather does nothing (section 9). A run: section 10.
+# With one process rank_and_world() is (0, 1) and gather does nothing (section 9). A run is a dict
+# that goes into a folder (section 10).
 def do_tasks(model, tasks):
     """Accuracies in zero-shot and in arithmetic."""
     cosines = unit(encode(model.image, tasks.images)) @ unit(encode(model.text, tasks.prompts)).T
@@ -427,7 +436,7 @@ def do_tasks(model, tasks):
 def evaluate(model, data, cfg):
     """A dict: the loss on a batch of training pairs; the gap and search on held-out pairs (5,000 at
     most, the first caption of each); the tasks."""
-    T = torch.exp(-model.log_scale).item()
+    T = torch.exp(-model.log_scale)
     order = epoch_order(0, len(data.train.images), cfg.seed)
     images, texts = data.train.batch(order[:cfg.batch])
     x, y = encode(model.image, images), encode(model.text, texts)
@@ -440,7 +449,7 @@ def evaluate(model, data, cfg):
     searches = zip(("i2t_r1", "t2i_r1", "mixed_i2t", "mixed_t2i"),
                    recall(x, y, group) + mixed_recall(x, y, group))
     partner = mismatched(len(x), cfg.mismatch, cfg.seed).to(x.device)  # as wrong as in training
-    return {"train_loss": loss.item(), "train_clip": clip.item(), "temperature": T,
+    return {"train_loss": loss.item(), "train_clip": clip.item(), "temperature": T.item(),
             "best_temperature": best_temperature(x, y[partner], cfg.batch), **gap_metrics(x, y),
             **dict(searches), **(do_tasks(model, data.tasks) if data.tasks else {})}
 
@@ -474,7 +483,7 @@ def learning_rate(step, cfg):
     return cfg.lr * min((step + 1) / (0.1 * cfg.steps), cosine)
 
 def observe(run, step, model, optimizer, data, quiet):
-    """Where it is time: a snapshot for the figures; an evaluation and a checkpoint."""
+    """At the steps that are due, a snapshot for the figures; an evaluation and a checkpoint."""
     cfg = run["cfg"]
     evaluating = step % cfg.eval_every == 0 or step == cfg.steps
     drawing = step % math.ceil(cfg.steps / 30) == 0 or step == cfg.steps
@@ -489,8 +498,8 @@ def observe(run, step, model, optimizer, data, quiet):
     if evaluating:
         record = {"step": step, **evaluate(model, data, cfg)}
         run["history"].append(record)
-        lines = [json.dumps(record) + "\n" for record in run["history"]]
-        Path(cfg.out, "metrics.jsonl").write_text("".join(lines))
+        lines = "\n".join(map(json.dumps, run["history"]))
+        Path(cfg.out, "metrics.jsonl").write_text(lines + "\n")
         states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         save_whole(run | states | {"cfg": asdict(cfg)}, Path(cfg.out, "checkpoint.pt"))
         if not quiet:
@@ -498,30 +507,32 @@ def observe(run, step, model, optimizer, data, quiet):
                        ":.3f}   R@1 {i2t_r1:.3f}   mixed {mixed_i2t:.3f}".format(**record))
 
 def train(cfg, resume=False, model=None, data=None, quiet=False):
-    """Train two encoders; returns the history, a list of dicts of metrics (of several processes,
-    the first has it). resume: go on with the run in cfg.out. data: a Data of your own; vocab and
-    tasks may be None. model: your own nn.Module. It has encoders `image` and `text`, each with a
-    last nn.Linear `projection`, and a parameter `log_scale`, log(1 / T); called with images and
-    texts it gives raw embeddings x, y and T. Raises UserError for what cannot work."""
-    cfg = settle(cfg, resume)
+    """Train two encoders; returns the history, a list of dicts of metrics (in the first of several
+    processes; else []). resume: go on with the run in cfg.out. model: your own nn.Module. It has
+    encoders `image` and `text`, each with a last nn.Linear `projection`, and a parameter
+    `log_scale`, log(1 / T), which counts, not cfg.temperature; model(images, texts) gives raw
+    embeddings x, y and T. data: your own Data; tasks may be None and, with your own model, vocab.
+    Raises UserError for what cannot work."""
+    cfg = settled(cfg, resume)
     device = find_device(cfg.device)
     torch.set_flush_denormal(True)  # most of softmax is below 1e-38, where CPUs are slow
-    with joined(device):
+    with process_group(device):
         data = prepare(data or load_data(cfg), cfg)
         torch.manual_seed(cfg.seed)
-        model = (model or TwoEncoders(cfg, len(data.vocab))).to(device)
-        check_model(model, data)
+        model = (model or TwoEncoders(cfg, len(data.vocab or ()))).to(device)
+        check_model(model, data, cfg)
         if cfg.remove_gap and not resume:
             remove_initial_gap(model, *data.train.batch(slice(2048)))
-        forward, loss_of = executables(model, cfg, device)
+        forward, loss_of = compiled(model, cfg, device)
         optimizer = make_optimizer(model, cfg)
         run = open_run(cfg, data, model, optimizer, resume)
         if not resume:
             observe(run, 0, model, optimizer, data, quiet)
-        pairs = move(data.train, device)
+        pairs = at_hand(data.train, device)
         first = run["history"][-1]["step"] if resume else 0
         model.train()
-        bar = tqdm(range(first, cfg.steps), cfg.name(), disable=quiet or rank_and_world()[0] > 0)
+        rank, _ = rank_and_world()
+        bar = tqdm(range(first, cfg.steps), cfg.name(), disable=quiet or rank > 0)
         for step in bar:
             x, y, T = forward(*next_batch(pairs, step, cfg, device))
             loss = loss_of(gather(x), gather(y), T, **cfg.loss_settings())
@@ -535,7 +546,7 @@ def train(cfg, resume=False, model=None, data=None, quiet=False):
             if step % 10 == 0:  # on a GPU, reading the loss waits for it
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             observe(run, step + 1, model, optimizer, data, quiet)
-    return run["history"]
+    return run["history"] if rank == 0 else []
 
 # PART TWO: THE MACHINERY ==========================================================================
 # -- 7. Scenes -------------------------------------------------------------------------------------
@@ -545,10 +556,10 @@ PALETTE = {"red": (.85, .10, .10), "green": (.10, .65, .15), "blue": (.15, .25, 
            "white": (1., 1., 1.), "black": (0., 0., 0.)}
 SHAPES = ["circle", "square", "triangle", "diamond", "cross", "ring"]
 RELATIONS = ["left of", "above"]  # with "right of", too, one scene would have two captions
-WORDS = [list(PALETTE), SHAPES, list(PALETTE), SHAPES, RELATIONS]  # of the columns of scenes
+WORDS = [list(PALETTE), SHAPES, list(PALETTE), SHAPES, RELATIONS]  # what a scene's columns index
 OBJECTS = torch.cartesian_prod(torch.arange(len(PALETTE)), torch.arange(len(SHAPES)))  # (48, 2)
 UNSEEN = OBJECTS[:, 0] % len(SHAPES) == OBJECTS[:, 1]  # one for each colour: never in training
-# Centres (x, y) of both objects: one alone, side by side, one above the other; and +- how much
+# Centres (x, y) of both objects, by kind: one alone, side by side, above; and how far they move
 PLACES = torch.tensor([[[.5, .5], [.5, .5]], [[.25, .5], [.75, .5]], [[.5, .25], [.5, .75]]])
 JITTER = torch.tensor([[.2, .2], [.04, .15], [.15, .04]])
 
@@ -606,8 +617,8 @@ def scene_tasks(size, vocab, n=200):
     scenes = scenes[(scenes[:, :2] != scenes[:, 2:4]).all(1)][:n]  # a word then names one object
     edited, old, new = scenes.repeat(len(WORDS), 1, 1), [], []  # (5, n, 5)
     for k, names in enumerate(WORDS):
-        edited[k, :, k] += torch.randint(1, len(names), (len(scenes),))
-        edited[k, :, k] %= len(names)
+        change = torch.randint(1, len(names), (len(scenes),))
+        edited[k, :, k] = (scenes[:, k] + change) % len(names)
         old += [names[i] for i in scenes[:, k]]
         new += [names[i] for i in edited[k, :, k]]
     edited = edited.flatten(0, 1)
@@ -624,16 +635,14 @@ def scene_data(cfg):
     scenes = random_scenes(n + min(2_000, n), single=0.1)
     captions = describe(scenes)
     vocab = make_vocab(captions[:n])
-    images, texts, group = draw_scenes(scenes, size), *read(captions, vocab, 1)
-    train, val = (Pairs(images[part], texts[part], group[part])
-                  for part in (slice(n), slice(n, None)))
-    return Data(train, val, vocab, scene_tasks(size, vocab))
+    pairs = Pairs(draw_scenes(scenes, size), *tokens_and_groups(captions, vocab, 1))
+    return Data(pairs[:n], pairs[n:], vocab, scene_tasks(size, vocab))
 
 # -- 8. Words, and photographs, decoded once into a cache that later runs map ----------------------
 # Python's \w lacks combining marks (most of Hindi's vowels); a Chinese sentence is a word to it.
 MARKS = "".join(c for c in map(chr, range(0x300, 0x1e000)) if unicodedata.category(c)[0] == "M")
-ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai ... Kana, Han
-WORD = re.compile(rf"[{ALONE}]|(?:(?![{ALONE}])[\w{MARKS}\u200c\u200d])+|[^\w\s]")
+SINGLE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai ... Kana, Han
+WORD = re.compile(rf"[{SINGLE}]|(?:(?![{SINGLE}])[\w{MARKS}\u200c\u200d])+|[^\w\s]")
 
 def words_of(text):
     """The words of a text, in lower case, and its signs: "a dog's bowl." -> a dog ' s bowl ."""
@@ -647,15 +656,13 @@ def make_vocab(captions):
 
 def tokenize(captions, vocab):
     """Tokens (len(captions), L), int32, of the first CONTEXT words, padded with 0."""
-    rows = []
-    for text in captions:
-        numbers = [vocab.get(word, 1) for word in words_of(text)[:CONTEXT]]
-        rows.append(torch.tensor(numbers or [1], dtype=torch.int32))
+    rows = ([vocab.get(word, 1) for word in words_of(text)[:CONTEXT]] for text in captions)
+    rows = [torch.tensor(row or [1], dtype=torch.int32) for row in rows]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-def read(captions, vocab, K):
-    """Of N K captions their tokens (N, K, L) and their groups (N, K): numbers, equal for equal
-    texts. Equal tokens are no reason: unknown words and long captions look alike."""
+def tokens_and_groups(captions, vocab, K):
+    """Of N K captions, tokens (N, K, L) and groups (N, K): numbers, equal for equal texts. (Equal
+    tokens do not prove equal texts: words may be unknown, or cut.)"""
     groups = torch.tensor([hash(" ".join(words_of(text))) for text in captions])
     return [part.unflatten(0, (-1, K)) for part in (tokenize(captions, vocab), groups)]
 
@@ -670,44 +677,46 @@ def read_coco(file):
 
 def read_csv(file):
     """[(path, caption)] of a CSV file, whose paths are relative to it."""
-    pairs, line = [], 1
+    rows, line = [], 1
     with open(file, newline="", encoding="utf-8-sig") as lines:
-        rows = csv.DictReader(lines, strict=True)  # a quote that is never closed is an error
+        reader = csv.DictReader(lines, strict=True)  # a quote that is never closed is an error
         try:
-            if not {"image", "caption"} <= set(rows.fieldnames or []):
-                raise csv.Error(f"the header must be image,caption, not {rows.fieldnames}")
-            for row in rows:
-                if None in row:
-                    raise csv.Error("more fields than in the header: is a comma not in quotes?")
-                pairs.append((file.parent / row["image"], row["caption"]))
-                line = rows.line_num + 1
+            if not {"image", "caption"} <= set(reader.fieldnames or []):
+                raise csv.Error(f"the header must be image,caption, not {reader.fieldnames}")
+            line = reader.line_num + 1
+            for row in reader:
+                if None in row or not row["image"]:
+                    raise csv.Error("fields unlike the header's: is a comma not in quotes?")
+                rows.append((file.parent / row["image"], row["caption"]))
+                line = reader.line_num + 1
         except (csv.Error, UnicodeError) as error:
             raise UserError(f"{file}, in the row that starts in line {line}: {error}") from None
-    return pairs
+    return rows
 
-def read_pairs(path):
-    """{split: {picture: [captions]}} of train and val, or a tenth of train; and what is missing."""
-    source, files = read_csv, {"train": path}
+def read_pictures(path):
+    """{split: {path: [captions]}} of train and val, or a tenth of train; and a list of faults."""
+    read, files = read_csv, {"train": path}
     if path.is_dir():  # of several years the latest: their splits overlap
         file = max(path.glob("annotations/captions_train20??.json"), default=None)
         require(file, f"{path} has no annotations/captions_train20xx.json")
-        test = file.with_name(file.name.replace("train", "val"))
-        source, files = read_coco, {"train": file} | ({"val": test} if test.exists() else {})
-    pairs, missing = {"train": defaultdict(list), "val": defaultdict(list)}, set()
+        held_out = file.with_name(file.name.replace("train", "val"))
+        read, files = read_coco, {"train": file} | ({"val": held_out} if held_out.exists() else {})
+    pictures, missing = {"train": {}, "val": {}}, set()
     for split, file in files.items():
         try:
-            rows = source(file)
+            rows = read(file)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is not like MS-COCO's: {type(error).__name__}: {error}")
-        missing |= {image for image in {image for image, _ in rows} if not image.exists()}
+            fault = f"{type(error).__name__}: {error}"
+            raise UserError(f"{file} is not like MS-COCO's: {fault}") from None
+        captions = defaultdict(list)
         for image, caption in rows:
-            pairs[split][image].append(caption)
-    pairs = {split: {image: captions[image] for image in captions if image not in missing}
-             for split, captions in pairs.items()}
-    require(pairs["train"], f"{path}: no picture exists, such as {min(missing, default='')}")
-    if not pairs["val"]:
-        pairs["val"] = {image: pairs["train"].pop(image) for image in list(pairs["train"])[::10]}
-    return pairs, [f"{image}: no such file" for image in sorted(missing)]
+            captions[image].append(caption)
+        missing |= {image for image in captions if not image.exists()}
+        pictures[split] = {image: captions[image] for image in captions if image not in missing}
+    train, val = pictures.values()
+    require(train, f"{path}: no picture exists, such as {min(missing, default='')}")
+    val = val or {image: train.pop(image) for image in list(train)[::10]}
+    return {"train": train, "val": val}, [f"{image}: no such file" for image in sorted(missing)]
 
 def load_photo(path, size):
     """The picture, upright, on white, cropped to a square: (3, size, size) uint8."""
@@ -734,11 +743,11 @@ def load_pair(path, captions, size):
     except Exception as error:  # a broken file may raise anything
         return f"{path}: {error}"
 
-def decode(pairs, faults, limit, size):
+def decode(pictures, faults, limit, size):
     """For the cache: {split: (images, tokens, group)}, vocab, faults, and unread, the share of
     held-out captions with unknown words or cut ones."""
     content = {}
-    for split, captions in pairs.items():
+    for split, captions in pictures.items():
         items = list(captions.items())[:limit or None]
         with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
             loaded = pool.map(lambda item: load_pair(*item, size), items)
@@ -748,33 +757,35 @@ def decode(pairs, faults, limit, size):
         require(loaded, f"none of {len(items)} pictures can be used: {'; '.join(faults[-1:])}")
         images, texts = zip(*loaded)
         texts = list(chain(*texts))
-        vocab = content.setdefault("vocab", make_vocab(texts))  # of train, which comes first
-        content[split] = (torch.stack(images), *read(texts, vocab, 5))
-    unread = [len(words) > CONTEXT or {*words} - vocab.keys() for words in map(words_of, texts)]
-    return content | {"faults": faults, "unread": sum(map(bool, unread)) / len(unread)}
+        if split == "train":
+            vocab = make_vocab(texts)
+        content[split] = (torch.stack(images), *tokens_and_groups(texts, vocab, 5))
+    unread = [len(words) > CONTEXT or any(word not in vocab for word in words)
+              for words in map(words_of, texts)]  # of val, which comes last
+    return content | {"vocab": vocab, "faults": faults, "unread": sum(unread) / len(unread)}
 
 def photo_data(cfg):
     """Photographs with their captions, from the cache or decoded into it."""
     path, size = Path(cfg.data), cfg.image_size or 64
-    pairs, faults = read_pairs(path)
+    pictures, faults = read_pictures(path)
     # The cache's name is a hash of all that decides what is in it: a stale one is never found.
-    dates = [os.path.getmtime(image) for image in chain(*pairs.values())]
-    facts = repr((__version__, size, cfg.limit, pairs, faults, dates)).encode()
+    dates = [os.path.getmtime(image) for image in chain(*pictures.values())]
+    facts = repr((__version__, size, cfg.limit, pictures, faults, dates)).encode()
     cache = Path(cfg.cache) / f"{path.stem}-{hashlib.sha256(facts).hexdigest()}.pt"
     rank, world = rank_and_world()
     if rank == 0 and not cache.exists():
-        save_whole(decode(pairs, faults, cfg.limit, size), cache)
+        save_whole(decode(pictures, faults, cfg.limit, size), cache)
     if world > 1:
         torch.distributed.barrier()  # the first process makes the cache, the others find it
     try:
         found = torch.load(cache, weights_only=True, mmap=True)
-    except (RuntimeError, OSError):
-        raise UserError(f"{cache} is damaged: delete it") from None
-    if rank == 0 and found["faults"]:
-        listed, few = cache.with_suffix(".txt"), "; ".join(found["faults"][:3])
-        listed.write_text("\n".join(found["faults"]) + "\n", encoding="utf-8")
-        print(f"warning: left out are {len(found['faults'])}, with {sum(map(len, pairs.values()))} "
-              f"pictures found: {few}; all in {listed}", file=sys.stderr)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{cache} cannot be read; delete it if it is damaged: {error}") from None
+    faults, n = found["faults"], sum(map(len, pictures.values()))
+    if rank == 0 and faults:
+        cache.with_suffix(".txt").write_text("\n".join(faults) + "\n", encoding="utf-8")
+        print(f"warning: {len(faults)} left out, with {n} pictures found: {'; '.join(faults[:3])}; "
+              f"all in {cache.with_suffix('.txt')}", file=sys.stderr)
     if rank == 0 and found["unread"] > 0.05:
         print(f"warning: {found['unread']:.0%} of held-out captions have words that training has "
               f"not, or more than {CONTEXT}: the model cannot read all of them", file=sys.stderr)
@@ -792,14 +803,15 @@ def find_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"  # as torchrun numbers its processes
     try:
-        return (torch.ones(1, device=name) + 1).device
+        return torch.ones(1, device=name).cpu().to(name).device
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"device {name} cannot be used here: {torch.cuda.device_count()} GPUs, and "
                         "each process needs one of its own; try --device cpu") from None
 
 @contextmanager
-def joined(device):
-    """Within, this process is one of those that torchrun has started, if it has."""
+def process_group(device):
+    """Within, this process is one of those that torchrun has started, if it has. (After an error
+    it does not leave: the others may be waiting, and torchrun ends them.)"""
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
     joining = several and not torch.distributed.is_initialized()
     if joining:  # patiently, as the first may decode for long
@@ -826,19 +838,19 @@ def gather(rows):
     parts[rank] = rows + (world - 1) * (rows - rows.detach())  # the value of rows
     return torch.cat(parts)
 
-def move(pairs, device):
-    """Pairs in a GPU's memory, if they fill at most half of what is free: batches are at hand."""
+def at_hand(pairs, device):
+    """Pairs in a GPU's memory, for quick batches, if they fill at most half of what is free."""
     size = pairs.images.nbytes + pairs.texts.nbytes
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
         return pairs
     return replace(pairs, images=pairs.images.to(device), texts=pairs.texts.to(device))
 
-def executables(model, cfg, device):
-    """What a step calls for (images, texts) and for the loss: compiled, if cfg says so."""
-    alone, loss_of = rank_and_world()[1] == 1, cgap_loss
+def compiled(model, cfg, device):
+    """The callable for (images, texts) and the one for the loss: compiled, if cfg says so."""
+    one_process, loss_of = rank_and_world()[1] == 1, cgap_loss
     if cfg.compile:
         # On a GPU with recorded graphs: small encoders mostly wait for calls to be issued.
-        mode = "reduce-overhead" if device.type == "cuda" and alone else "default"
+        mode = "reduce-overhead" if device.type == "cuda" and one_process else "default"
         try:
             torch.compile(torch.sin)(torch.ones(2, device=device))
         except RuntimeError as error:
@@ -846,23 +858,24 @@ def executables(model, cfg, device):
             raise UserError(f"--compile finds no working compiler here: {reason}") from None
         model.compile(mode=mode)
         loss_of = torch.compile(cgap_loss, mode=mode)
-    return model if alone else nn.parallel.DistributedDataParallel(model), loss_of
+    return model if one_process else nn.parallel.DistributedDataParallel(model), loss_of
 
 # -- 10. Runs --------------------------------------------------------------------------------------
 # A folder with metrics.jsonl (a line for each evaluation), checkpoint.pt and figures. In memory a
 # dict: cfg, vocab, history, snapshots {step: (2, 256, dim) embeddings of images and texts}.
-def settle(cfg, resume=False):
-    """cfg, checked, with a folder, which must be new, and paths that hold wherever one resumes."""
+def settled(cfg, resume=False):
+    """cfg, checked, with a folder, which must be new, and absolute paths to data, so that one can
+    resume from anywhere."""
     cfg.check()
-    now = time.strftime("%Y%m%d-%H%M%S") + f"{time.time() % 1:.3f}"[1:]
-    out = str(cfg.out) or f"runs/{now}-{cfg.name()}-seed{cfg.seed}"
-    is_new = int(os.environ.get("RANK") or 0) or not os.path.exists(out)
-    require(resume or is_new, f"--out {out} exists: name another, or --resume it")
+    out = str(cfg.out) or f"runs/{datetime.now():%Y%m%d-%H%M%S.%f}-{cfg.name()}-seed{cfg.seed}"
+    first = not int(os.environ.get("RANK") or 0)  # of several processes, the one that writes
+    require(resume or not first or not os.path.exists(out),
+            f"--out {out} exists: name another, or --resume it")
     data = "synthetic" if cfg.data == "synthetic" else os.path.abspath(cfg.data)
     return replace(cfg, data=data, cache=os.path.abspath(os.path.expanduser(cfg.cache)), out=out)
 
 def save_whole(content, path):
-    """torch.save, but that name has a whole file at every instant."""
+    """torch.save, so that path never holds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(f"{path}.{os.getpid()}.tmp")
     try:
@@ -876,26 +889,30 @@ def load_run(folder):
     path = Path(folder, "checkpoint.pt")
     try:
         run = torch.load(path, weights_only=True, map_location="cpu")
-        return run | {"cfg": Config(**run["cfg"] | {"out": str(folder)})}
+        return run | {"cfg": Config(**(run["cfg"] | {"out": str(folder)}))}
     except Exception as error:  # whatever a missing, broken or foreign file may raise
         raise UserError(f"{path} is no checkpoint of this cgap ({type(error).__name__})") from None
 
 def load_model(folder):
     """The TwoEncoders of a run, on the CPU, for `encode`, and its vocab, for `tokenize`."""
     run = load_run(folder)
+    require(run["vocab"] and "image.body.0.weight" in run["model"], f"{folder} has other encoders")
     model = TwoEncoders(run["cfg"], len(run["vocab"]))
     model.load_state_dict(run["model"])
     return model, run["vocab"]
 
-def check_model(model, data):
+def check_model(model, data, cfg):
     """Raise UserError for a model of one's own that train cannot use."""
     encoders = [getattr(model, name, None) for name in ("image", "text")]
     ends = [getattr(encoder, "projection", None) for encoder in encoders]
     require(hasattr(model, "log_scale") and all(isinstance(end, nn.Linear) for end in ends),
             "your model lacks log_scale, image.projection or text.projection: see train.__doc__")
-    shapes = [encode(*two).shape for two in zip(encoders, data.val.batch(slice(2)))]
+    require(not (cfg.center or cfg.remove_gap) or all(end.bias is not None for end in ends),
+            "--center and --remove-gap need projections with a bias")
+    shapes = [tuple(encode(encoder, inputs).shape)
+              for encoder, inputs in zip(encoders, data.val.batch(slice(2)))]
     require(shapes[0] == shapes[1] and len(shapes[0]) == 2,
-            f"encoders must give (B, D), one D for both, not {[*map(tuple, shapes)]}")
+            f"encoders must give (B, D), one D for both, not {shapes}")
 
 def open_run(cfg, data, model, optimizer, resume):
     """A new run in a new folder or, to resume, that in cfg.out, with its weights put in place."""
@@ -913,76 +930,65 @@ def open_run(cfg, data, model, optimizer, resume):
     return {"cfg": cfg, "vocab": data.vocab, "history": [], "snapshots": {}}
 
 # -- 11. Figures, drawn from what runs have kept ---------------------------------------------------
-def canvas(n, columns, size=3.8):
-    """A matplotlib figure of n panels, `columns` a row, and the list of them."""
+def canvas(rows, columns, size=3.8):
+    """A matplotlib figure and its panels, an array (rows, columns)."""
     from matplotlib.figure import Figure
-    rows = math.ceil(n / columns)
     figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(n)]
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 def plot_metrics(histories, path):
     """A panel for each of eight metrics, a line for each of {name: history}."""
     shown = ("linear_separability", "spread", "overlap", "i2t_r1", "mixed_i2t",  # of 0 to 1
              "centroid_distance", "unif", "train_loss")
-    figure, axes = canvas(len(shown), 4)
-    for axis, metric in zip(axes, shown):
+    figure, axes = canvas(2, 4)
+    for axis, metric in zip(axes.flat, shown):
         for name, history in histories.items():
             steps = [record["step"] for record in history]
             axis.plot(steps, [record[metric] for record in history], "o-", ms=3, label=name)
-        axis.set(xlabel="training step", title=metric.replace("_", " "))
-        axis.set_xlim(left=0)
-        if metric in shown[:5]:
-            axis.set_ylim(0, 1.05)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        axis.set(xlabel="training step", title=metric.replace("_", " "), xlim=(0, None),
+                 ylim=(0, 1.05) if metric in shown[:5] else None)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path)
 
-class Clouds:
-    """A panel with images and texts in the plane of 0 and both means, from one mean to the other
-    across, and grey lines between some pairs. Its lengths are true: all is in the unit circle."""
-    def __init__(self, axis):
-        from matplotlib.collections import LineCollection
-        from matplotlib.patches import Circle
-        self.axis = axis
-        axis.add_patch(Circle((0, 0), 1, fill=False, color="0.7"))
-        self.lines = axis.add_collection(LineCollection([], colors="0.8", linewidths=0.5))
-        self.dots = [axis.plot([], [], marker, ms=2.5)[0] for marker in ("o", "^")]
-        axis.set(aspect="equal", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[])
-    def show(self, both, title):
-        """Move them to embeddings (2, n, D): in an animation, faster than to draw anew."""
-        x, y = both.float().mean(1)
-        across = F.normalize(y - x, dim=0)
-        up = F.normalize(x + y - (x + y) @ across * across, dim=0)
-        points = both.float() @ torch.stack([across, up], 1)  # (2, n, 2)
-        self.lines.set_segments(points[:, :100].transpose(0, 1).numpy())
-        for dots, cloud in zip(self.dots, points):
-            dots.set_data(*cloud.T)
-        self.axis.set_title(title, fontsize=9)
+def draw_clouds(axis, both, title):
+    """Images and texts (2, n, D) in the plane of 0 and both means, from one mean to the other
+    across, and grey lines between some pairs. Lengths are true: all is in the unit circle."""
+    from matplotlib.patches import Circle
+    x, y = both.float().mean(1)
+    across = F.normalize(y - x, dim=0)
+    up = F.normalize(x + y - (x + y) @ across * across, dim=0)
+    points = (both.float() @ torch.stack([across, up], 1)).numpy()  # (2, n, 2)
+    axis.clear()
+    axis.add_patch(Circle((0, 0), 1, fill=False, color="0.7"))
+    axis.plot(*points[:, :100].transpose(2, 0, 1), color="0.8", lw=0.5, zorder=1)
+    for cloud, marker, name in zip(points, "o^", ("images", "texts")):
+        axis.plot(*cloud.T, marker, ms=2.5, label=name)
+    axis.set(aspect="equal", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[])
+    axis.set_title(title, fontsize=9)
 
 def plot_clouds(rows, path):
     """Five moments of training of each of {name: {step: embeddings (2, n, D)}}, a row each."""
-    figure, axes = canvas(5 * len(rows), 5, 2.5)
-    for k, (name, clouds) in enumerate(rows.items()):
+    figure, axes = canvas(len(rows), 5, 2.5)
+    for row, (name, clouds) in zip(axes, rows.items()):
         steps = list(clouds)
-        steps = [steps[min(j, len(steps) - 1)] for j in (0, 3, 5, 7, len(steps) - 1)]
-        for axis, step in zip(axes[5 * k:], steps):
+        early = [steps[min(k, len(steps) - 1)] for k in (0, 3, 5, 7)]  # when most happens
+        for axis, step in zip(row, [*early, steps[-1]]):
             separability = linear_separability(*clouds[step])
-            Clouds(axis).show(clouds[step], f"step {step}: separability {separability:.2f}")
-        axes[5 * k].set_ylabel(name)
+            draw_clouds(axis, clouds[step], f"step {step}: separability {separability:.2f}")
+        row[0].set_ylabel(name)
     figure.savefig(path)
 
 def animate(rows, path):
     """All of training of {name: {step: embeddings (2, n, D)}}, side by side, as a GIF."""
     from matplotlib.animation import FuncAnimation
-    figure, axes = canvas(len(rows), len(rows))
-    panels = [Clouds(axis) for axis in axes]
-
+    figure, axes = canvas(1, len(rows))
     def frame(k):
-        for panel, (name, clouds) in zip(panels, rows.items()):
+        for axis, (name, clouds) in zip(axes.flat, rows.items()):
             step, both = list(clouds.items())[min(k, len(clouds) - 1)]
-            panel.show(both, f"{name}\nstep {step}")
-
+            draw_clouds(axis, both, f"{name}\nstep {step}")
     frame(0)
-    figure.legend(panels[0].dots, ["images", "texts"], loc="outside lower center", ncols=2)
+    legend = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=2)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not for each frame
     frames = max(map(len, rows.values())) + 5  # it rests at the end
@@ -1002,9 +1008,9 @@ def plot_runs(folders, out):
     print(f"{out}: gap.png, embeddings.png, embeddings.gif")
 
 # -- 12. The command line --------------------------------------------------------------------------
-POINTS = {"temperature", "dim", "seed", "steps", "mismatch", "out"}  # flags that go with --points
+POINTS_FLAGS = {"temperature", "dim", "seed", "steps", "mismatch", "out"}
 
-def points(out="runs/points", temperature=0.01, **settings):
+def run_points(out="runs/points", **settings):
     """Run the smallest gap in four ways, print how each ends and draw them."""
     torch.set_num_threads(1)  # so little work is not worth sharing
     torch.set_flush_denormal(True)
@@ -1014,7 +1020,7 @@ def points(out="runs/points", temperature=0.01, **settings):
     for name, changes in (("points alone", {"offset": 0}), ("with shared vectors", {}),
                           ("... warm, T = 0.2", {"temperature": 0.2}),
                           ("... with two terms", {"unif": 1, "align": 1})):
-        history, rows[name] = smallest_gap(**{"temperature": temperature} | settings | changes)
+        history, rows[name] = smallest_gap(**(settings | changes))
         print(f"{name:22}", *(f"{history[-1][metric]:{len(metric)}.3f}" for metric in shown))
     os.makedirs(out, exist_ok=True)
     plot_clouds(rows, f"{out}/points.png")
@@ -1022,24 +1028,24 @@ def points(out="runs/points", temperature=0.01, **settings):
 
 def run_command(given):
     """Do what the flags say: a dict of those that were given."""
-    useful = {"points": POINTS, "plot": {"out"}, "resume": {"device"}}
-    for mode in useful.keys() & given:
-        idle = given.keys() - useful[mode] - {mode}
-        require(not idle, f"--{' --'.join(sorted(idle))} does nothing with --{mode}: leave it out")
+    useful = {"points": POINTS_FLAGS, "plot": {"out"}, "resume": {"device"}}
+    for mode in set(useful) & set(given):
+        idle = [f"--{name}" for name in given.keys() - useful[mode] - {mode}]
+        require(not idle, f"{' '.join(idle)} does nothing with --{mode}: leave it out")
     if given.pop("points", False):
         Config(**given).check()
-        return points(**given)
+        return run_points(**given)
     if "plot" in given:
         return plot_runs(given["plot"], given.get("out", "runs/plot"))
     folder = given.pop("resume", None)
-    cfg = replace(load_run(folder)["cfg"], **given) if folder else settle(Config(**given))
+    cfg = replace(load_run(folder)["cfg"], **given) if folder else settled(Config(**given))
     try:
         history = train(cfg, resume=bool(folder))
     except KeyboardInterrupt:
         print(f"\ninterrupted: if training had begun, --resume {cfg.out} goes on", file=sys.stderr)
         sys.exit(130)
     if history:  # of several processes, only the first has one
-        print(f"\n{cfg.name()}, T = {cfg.temperature:g}, seed {cfg.seed}; but for train_..., of "
+        print(f"\n{cfg.name()}, T = {cfg.temperature:g}, seed {cfg.seed}; all but train_... is of "
               f"held-out pairs\n{'start':>34}{'end':>10}")
         for name in list(history[-1])[1:]:  # all but the step
             print(f"{name:24}{history[0][name]:10.3f}{history[-1][name]:10.3f}")
@@ -1048,10 +1054,12 @@ def run_command(given):
 def main(argv=None):
     """Run the command line."""
     example = "example: python cgap.py --unif 1 --align 1 --temperature 0.1 --mismatch 0.2"
-    parser = argparse.ArgumentParser("cgap.py", argparse.SUPPRESS, __doc__.split("\n")[0], example,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="cgap.py", usage=argparse.SUPPRESS, description=__doc__.split("\n")[0], epilog=example,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    takes = " --".join(sorted(POINTS_FLAGS))
     parser.add_argument("--points", action="store_true",
-                        help=f"the smallest gap: no encoders; takes --{' --'.join(sorted(POINTS))}")
+                        help=f"the smallest gap: no encoders; takes --{takes}")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run; takes --device")
     parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs as one; takes --out")
     for f in fields(Config):

@@ -228,7 +228,7 @@ def draw_dots(name, rows, file=None):
     """A dot for each seed of each row, in panels; the row with the highest first value on top."""
     panels = CLAIMS[name].drawn or CLAIMS[name].shown[:4]
     order = sorted(rows, key=lambda label: values(rows[label], panels[0]).mean())
-    figure, axes = cgap.canvas(len(panels), len(panels))
+    figure, (axes,) = cgap.canvas(1, len(panels))
     figure.set_size_inches(3 + 2.6 * len(panels), 1 + 0.26 * len(rows))
     for axis, metric in zip(axes, panels):
         for height, label in enumerate(order):
@@ -243,7 +243,7 @@ def draw_dots(name, rows, file=None):
 
 def draw_points(name, rows):
     """What `python cgap.py --points` draws, points.png, and the dots of the rows."""
-    cgap.points(out=HERE)
+    cgap.run_points(out=HERE)
     draw_dots(name, rows, "points-push.png")
 
 
@@ -251,10 +251,10 @@ def draw_margin(name, rows):
     """Margin, spread, overlap and mixed search against T: a column for each loss, a line for each
     share of wrong captions, a dot for each run."""
     metrics = ("margin", "spread", "overlap", "mixed_i2t")
-    figure, axes = cgap.canvas(2 * len(metrics), 2)
+    figure, axes = cgap.canvas(len(metrics), 2)
     figure.set_size_inches(8, 10)
     ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
-    for k, axis in enumerate(axes):
+    for k, axis in enumerate(axes.flat):
         metric, loss = metrics[k // 2], ("CLIP", "CUA")[k % 2]
         for color, share in enumerate((0, 5, 20, 50)):
             shown = [row for label, row in rows.items()
@@ -270,7 +270,7 @@ def draw_margin(name, rows):
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
         axis.grid(color="0.93")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(HERE / f"{name}.png")
 
 
@@ -283,7 +283,7 @@ VERDICT = {  # scale: (claim, what stands before the loss in its labels, a warm 
 
 def draw_verdict(results):
     """Mixed search at three scales: cold and warm, without and with the two terms."""
-    figure, axes = cgap.canvas(3, 3)
+    figure, (axes,) = cgap.canvas(1, 3)
     figure.set_size_inches(12, 3.4)
     for axis, (scale, (claim, where, warm)) in zip(axes, VERDICT.items()):
         bars = [("CLIP, cold", f"{where}CLIP, T = 0.01", "mixed_i2t"),
@@ -309,9 +309,9 @@ def draw_scenes():
     """A contact sheet of held-out scenes, larger than the encoders see them."""
     data = cgap.load_data(cgap.Config(limit=200, image_size=96))
     words = list(data.vocab)
-    figure, axes = cgap.canvas(10, 5)
+    figure, axes = cgap.canvas(2, 5)
     figure.set_size_inches(11, 5)
-    for axis, image, tokens in zip(axes, *data.val.batch(slice(10))):
+    for axis, image, tokens in zip(axes.flat, *data.val.batch(slice(10))):
         axis.axis("off")
         axis.imshow(image.permute(1, 2, 0).numpy())
         axis.set_title(textwrap.fill(" ".join(words[k] for k in tokens if k), 20), fontsize=9)
