@@ -507,12 +507,11 @@ def observe(run, step, model, optimizer, data, quiet):
                        ":.3f}   R@1 {i2t_r1:.3f}   mixed {mixed_i2t:.3f}".format(**record))
 
 def train(cfg, resume=False, model=None, data=None, quiet=False):
-    """Train two encoders; returns the history, a list of dicts of metrics (in the first of several
-    processes; else []). resume: go on with the run in cfg.out. model: your own nn.Module. It has
-    encoders `image` and `text`, each with a last nn.Linear `projection`, and a parameter
-    `log_scale`, log(1 / T), which counts, not cfg.temperature; model(images, texts) gives raw
-    embeddings x, y and T. data: your own Data; tasks may be None and, with your own model, vocab.
-    Raises UserError for what cannot work."""
+    """Train two encoders; returns the history, a list of dicts of metrics ([] in all but the first
+    of several processes). resume: go on with the run in cfg.out. model: your own nn.Module. It has
+    encoders `image` and `text`, each with a last nn.Linear `projection`; a parameter `log_scale`,
+    log(1 / T), which counts, not cfg.temperature; and model(images, texts) gives raw embeddings x,
+    y and T. data: your own Data; vocab, tasks may be None. Raises UserError for what cannot be."""
     cfg = settled(cfg, resume)
     device = find_device(cfg.device)
     torch.set_flush_denormal(True)  # most of softmax is below 1e-38, where CPUs are slow
@@ -816,6 +815,8 @@ def process_group(device):
     joining = several and not torch.distributed.is_initialized()
     if joining:  # patiently, as the first may decode for long
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        if gpu:
+            torch.cuda.set_device(gpu)  # else each process also opens the first GPU
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1), device_id=gpu)
     yield
     if joining:

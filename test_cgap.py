@@ -916,7 +916,8 @@ def test_processes_that_torchrun_has_started_join_and_leave(monkeypatch):
     for world, device, expected in (("1", gpu, None), ("", gpu, None), ("2", gpu, ("nccl", gpu)),
                                     ("2", torch.device("cpu"), ("gloo", None))):
         monkeypatch.setenv("WORLD_SIZE", world)
-        joins, leaves = Mock(), Mock()
+        joins, leaves, takes = Mock(), Mock(), Mock()
+        monkeypatch.setattr(torch.cuda, "set_device", takes)
         monkeypatch.setattr(torch.distributed, "init_process_group", joins)
         monkeypatch.setattr(torch.distributed, "destroy_process_group", leaves)
         with cgap.process_group(device):
@@ -924,6 +925,7 @@ def test_processes_that_torchrun_has_started_join_and_leave(monkeypatch):
         assert leaves.call_count == joins.call_count
         if expected:
             assert (*joins.call_args.args, joins.call_args.kwargs["device_id"]) == expected
+            assert takes.call_count == (device == gpu)
 
 
 # ==================================================================================================
