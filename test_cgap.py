@@ -19,6 +19,7 @@ import sys
 import textwrap
 import unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -1587,7 +1588,9 @@ def test_claims_run_once(reproduce, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "CLAIMS", {"tiny": claim})
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
     monkeypatch.setattr(reproduce, "draw_scenes", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "tiny", "--at-a-time", "1"])
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "tiny"])
+    # In a thread, as processes would import torch anew
+    monkeypatch.setattr(reproduce, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
     Path("gallery.md").write_text("before {{table tiny}} after", encoding="utf-8")
     reproduce.main()
     made = {path: path.stat().st_mtime_ns for path in Path("runs/reproduce").glob("*.json")}
