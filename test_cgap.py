@@ -51,6 +51,7 @@ PROCESSES = multiprocessing.get_context(METHOD)
 if METHOD == "forkserver":  # forks one that has imported torch: saves seconds
     PROCESSES.set_forkserver_preload(["cgap", "torch._dynamo"])
 
+IS_OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 fake_cuda = pytest.mark.skipif(not torch.backends.cuda.is_built(),
                                reason="a PyTorch without CUDA has no fake of it")
@@ -528,7 +529,8 @@ def test_a_step_of_training_calls_for_few_operations():
             operations.part = "step"
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-    assert sum(operations.counts.values()) <= 440, operations.counts
+    most = 480 if IS_OLD else 440  # an older backward has more
+    assert sum(operations.counts.values()) <= most, operations.counts
 
 
 def test_an_evaluation_measures_each_thing_where_it_belongs(monkeypatch):
@@ -839,6 +841,7 @@ def test_captions_that_differ_only_where_a_model_cannot_read_them_are_not_equal(
 # 4. Devices, without having them
 # ==================================================================================================
 @fake_cuda
+@pytest.mark.skipif(IS_OLD, reason="its fake CUDA tensors ask for a driver")
 def test_nothing_is_made_on_another_device(monkeypatch):
     """CUDA tensors without data, on any computer: what mixes devices fails."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
