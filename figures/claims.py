@@ -83,7 +83,11 @@ def scale():
     """Ten times the scenes, eight times the samples."""
     size = {"limit": 200_000, "batch": 256, "steps": 2000}
     rows = grid(LOSSES, (0.01, 0.15), "20 % wrong, ", mismatch=0.2, **size)
-    rows |= grid({"CLIP": {}}, (0.01,), "clean, ", **size)
+    rows |= grid({"CLIP": {}}, (None,), "20 % wrong, ", mismatch=0.2, **size)
+    for share in (5, 1):
+        rows |= grid({"CLIP": {}}, (0.01,), f"{share} % wrong, ", mismatch=share / 100, **size)
+    rows |= grid(LOSSES, (0.01,), "exact captions, ", **size)
+    rows |= grid({"CLIP": {}}, (0.1,), "exact captions, ", **size)
     return Claim(rows, (*GAP, *SHARED, *SEARCH, *SUBTRACTED, *TASKS), seeds=(6,), drawn=ANSWER)
 
 
@@ -123,9 +127,9 @@ def explanations():
     size = {"steps": 400, "remove_gap": True}
     rows = grid(LOSSES, (0.01,), "same images, ", same_modality=True, **size)
     rows |= grid({"CLIP": {}}, (0.07,), "same images, ", same_modality=True, **size)
-    rows |= grid(LOSSES, (0.01,), "images and texts, ", **size)
+    rows |= grid(LOSSES | {"CLIP centred": {"center": True}}, (0.01,), "images and texts, ", **size)
     return Claim(rows, ("linear_separability", "centroid_distance", "spread", "i2t_r1",
-                        "train_clip"), starts=True)
+                        "mixed_i2t", "train_clip"), starts=True)
 
 
 def terms():
