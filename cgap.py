@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The contrastive gap in one file: make it, measure it, see why it opens, close it.
 
-CLIP maps a picture and its caption to nearby points of one sphere. Yet all pictures end up in one
+CLIP is to map a picture and its caption to nearby points of one sphere. Yet pictures end up in one
 region of it and all captions in another. "It's Not a Modality Gap" (Fahim, Murphy, Fyshe, arXiv
 2405.18570) shows that the contrastive loss itself makes this gap, and that two more terms,
 uniformity and alignment, close it:
