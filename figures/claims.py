@@ -103,13 +103,15 @@ def photographs():
 def points():
     """The smallest gap."""
     rows = {"points alone": {"offset": 0.0}, "with shared vectors": {},
-            "CUA": CUA, "T = 0.07": {"temperature": 0.07}, "T = 0.2": {"temperature": 0.2},
-            "at 1/8 of the points' rate": {"offset": 1 / 8},
-            "at 1/64 of the points' rate": {"offset": 1 / 64},
-            "20 % wrong": {"mismatch": 0.2},
+            "with shared vectors, CUA": CUA,
+            "with shared vectors, T = 0.07": {"temperature": 0.07},
+            "with shared vectors, T = 0.2": {"temperature": 0.2},
+            "with shared vectors at 1/8 of the points' rate": {"offset": 1 / 8},
+            "with shared vectors at 1/64 of the points' rate": {"offset": 1 / 64},
+            "with shared vectors, 20 % wrong": {"mismatch": 0.2},
             "points alone, 20 % wrong": {"offset": 0.0, "mismatch": 0.2},
             "a shared vector on one side only, 20 % wrong": {"mismatch": 0.2, "steer": "one side"}}
-    rows |= {f"d = {dim}": {"dim": dim} for dim in (3, 8, 32)}
+    rows |= {f"with shared vectors, d = {dim}": {"dim": dim} for dim in (3, 8, 32)}
     rows |= {"random numbers move them": {"steer": "random"},
              "random for 20 steps, then nothing": {"steer": "random, then nothing"},
              "random for 20 steps, then the loss": {"steer": "random, then the loss"},

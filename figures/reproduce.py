@@ -296,11 +296,12 @@ def draw_verdict(results):
             color = "C3" if "warm" in bar else "C2" if "CUA" in bar else "C0"
             axis.barh(height, numbers.mean(), color=color, alpha=0.8)
             axis.plot(numbers, [height] * len(numbers), "ok", ms=3)
-            axis.text(numbers.mean(), height, f"  {numbers.mean():.3f}", va="center")
+            axis.text(numbers.max(), height, f"  {numbers.mean():.3f}", va="center")
         names = [bar for bar, *_ in reversed(bars)]
         axis.set_yticks(range(5), names if axis is axes[0] else [""] * 5)
         highest = max(values(results[claim][label], metric).max() for _, label, metric in bars)
         axis.set(title=scale, xlim=(0, 1.3 * highest), xlabel="mixed search, image asks")
+        axis.locator_params(axis="x", nbins=4)
         axis.title.set_fontsize(9)
     figure.savefig(HERE / "verdict.png")
 
