@@ -184,7 +184,7 @@ def test_the_loss_is_the_same_pasted_elsewhere_and_under_autocast(pasted):
 def test_the_loss_is_the_same_traced_for_a_compiler():
     torch._dynamo.reset()
     compiled = torch.compile(cgap_loss, backend="aot_eager")  # traced, but not built in C++
-    for weights in ROWS:
+    for weights in ROWS[0], ROWS[3]:  # seconds each
         args = *(z.float() for z in clouds(40, 8, 1)), 0.05, *weights
         assert_close(with_gradients(compiled, *args), with_gradients(cgap_loss, *args), 1e-5)
 
