@@ -185,20 +185,21 @@ def recall(x, y, group=None, mixed=False):
     equal captions; None: all differ. Raises ValueError as above. mixed: the same in one index of x
     and y, which feels a gap: how often the nearest of all, but for itself and others of its
     modality and group, is a right one of the other modality. After Li et al., arXiv 2507.19054."""
-    both = torch.cat(measurable(x, y))  # (2 N, D)
-    N = len(both) // 2
-    group = torch.as_tensor(range(N) if group is None else group).to(both.device)
-    if group.shape != (N,):
-        raise ValueError(f"group must be ({N},), a number for each pair, not {tuple(group.shape)}")
-    hidden = group[:, None] == group  # in one's own modality, oneself and equal captions
-    if not mixed:
-        hidden = torch.ones_like(hidden)  # all of it
-    cosines = (both @ both.T).masked_fill_(torch.block_diag(hidden, hidden), -math.inf)
-    right = group.repeat(2)[cosines.argmax(1)] == group.repeat(2)
-    return right.view(2, N).float().mean(1).tolist()
+    x, y = measurable(x, y)
+    group = torch.as_tensor(range(len(x)) if group is None else group).to(x.device)
+    if group.shape != (len(x),):
+        raise ValueError(f"group must be ({len(x)},), one for each pair, not {tuple(group.shape)}")
+    def asks(x, y):
+        cosine, nearest = (x @ y.T).max(1)
+        right = group[nearest] == group
+        if mixed:  # nothing of one's own modality may be nearer
+            own = (x @ x.T).masked_fill_(group[:, None] == group, -math.inf)
+            right &= cosine > own.amax(1)
+        return right.float().mean().item()
+    return [asks(x, y), asks(y, x)]
 
 def mixed_recall(x, y, group=None):
-    """`recall` in one index of both modalities. About 25 N^2 bytes."""
+    """`recall` in one index of both modalities. About 10 N^2 bytes."""
     return recall(x, y, group, mixed=True)
 
 # -- 3. The smallest gap ---------------------------------------------------------------------------
@@ -643,6 +644,7 @@ MARKS = "".join(c for c in map(chr, range(0x300, 0x1e000)) if unicodedata.catego
 SINGLE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai ... Kana, Han
 WORD = re.compile(rf"[{SINGLE}]|(?:(?![{SINGLE}])[\w{MARKS}\u200c\u200d])+|[^\w\s]")
 
+@functools.lru_cache(2 ** 16)  # captions repeat, and each is read three times
 def words_of(text):
     """The words of a text, in lower case, and its signs: "a dog's bowl." -> a dog ' s bowl ."""
     return WORD.findall(unicodedata.normalize("NFC", text.lower()))
@@ -954,6 +956,7 @@ def plot_metrics(histories, path):
 def draw_clouds(axis, both, title):
     """Images and texts (2, n, D) in the plane of 0 and both means, from one mean to the other
     across, and grey lines between some pairs. Lengths are true: all is in the unit circle."""
+    from matplotlib.collections import LineCollection
     from matplotlib.patches import Circle
     x, y = both.float().mean(1)
     across = F.normalize(y - x, dim=0)
@@ -961,7 +964,8 @@ def draw_clouds(axis, both, title):
     points = (both.float() @ torch.stack([across, up], 1)).numpy()  # (2, n, 2)
     axis.clear()
     axis.add_patch(Circle((0, 0), 1, fill=False, color="0.7"))
-    axis.plot(*points[:, :100].transpose(2, 0, 1), color="0.8", lw=0.5, zorder=1)
+    lines = points[:, :100].transpose(1, 0, 2)  # one collection is drawn quicker than each line
+    axis.add_collection(LineCollection(lines, colors="0.8", linewidths=0.5))
     for cloud, marker, name in zip(points, "o^", ("images", "texts")):
         axis.plot(*cloud.T, marker, ms=2.5, label=name)
     axis.set(aspect="equal", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[])
