@@ -204,11 +204,11 @@ def mixed_recall(x, y, group=None):
 
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # No encoders, only points that the loss moves as it likes. Left alone, they open no gap. Give each
-# side one vector that all its points share, like an encoder's bias, and they are two clouds within
-# a step or two. Nothing has to push: two directions are nearly always far apart, so two vectors
-# that move freely part the clouds, even if random numbers move them (`steer`). And nothing pulls
-# back: a softmax sees differences of cosines over T. Where T is cold, pairs a little closer than
-# strangers suffice; where it is warm, pairs must coincide to be sure, and the clouds merge.
+# side an offset, one vector that all its points share, like an encoder's bias, and they are two
+# clouds within a few steps. Nothing has to push: two random directions are nearly at right angles,
+# so offsets that move freely part the clouds, even if random numbers move them (`steer`). And
+# nothing pulls back: a softmax sees differences of cosines over T. Where T is cold, pairs a little
+# closer than strangers suffice; where it is warm, pairs must coincide, and the clouds merge.
 def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, steer=None, **weights):
     """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
@@ -1022,7 +1022,7 @@ def run_points(out="runs/points", **settings):
     shown = ["linear_separability", "centroid_distance", "spread", "overlap", "mixed_i2t"]
     print(f"{'at the end':22}", *shown)
     rows = {}
-    for name, changes in (("points alone", {"offset": 0}), ("with shared vectors", {}),
+    for name, changes in (("points alone", {"offset": 0}), ("with offsets", {}),
                           ("... warm, T = 0.2", {"temperature": 0.2}),
                           ("... with two terms", {"unif": 1, "align": 1})):
         history, rows[name] = smallest_gap(**(settings | changes))

@@ -80,7 +80,7 @@ def kinds():
 
 
 def scale():
-    """Ten times the scenes, eight times the samples."""
+    """Ten times the scenes, five times the samples."""
     size = {"limit": 200_000, "batch": 256, "steps": 2000}
     rows = grid(LOSSES, (0.01, 0.15), "20 % wrong, ", mismatch=0.2, **size)
     rows |= grid({"CLIP": {}}, (None,), "20 % wrong, ", mismatch=0.2, **size)
@@ -102,16 +102,16 @@ def photographs():
 
 def points():
     """The smallest gap."""
-    rows = {"points alone": {"offset": 0.0}, "with shared vectors": {},
-            "with shared vectors, CUA": CUA,
-            "with shared vectors, T = 0.07": {"temperature": 0.07},
-            "with shared vectors, T = 0.2": {"temperature": 0.2},
-            "with shared vectors at 1/8 of the points' rate": {"offset": 1 / 8},
-            "with shared vectors at 1/64 of the points' rate": {"offset": 1 / 64},
-            "with shared vectors, 20 % wrong": {"mismatch": 0.2},
+    rows = {"points alone": {"offset": 0.0}, "with offsets": {},
+            "with offsets, CUA": CUA,
+            "with offsets, T = 0.07": {"temperature": 0.07},
+            "with offsets, T = 0.2": {"temperature": 0.2},
+            "with offsets at 1/8 of the points' rate": {"offset": 1 / 8},
+            "with offsets at 1/64 of the points' rate": {"offset": 1 / 64},
+            "with offsets, 20 % wrong": {"mismatch": 0.2},
             "points alone, 20 % wrong": {"offset": 0.0, "mismatch": 0.2},
-            "a shared vector on one side only, 20 % wrong": {"mismatch": 0.2, "steer": "one side"}}
-    rows |= {f"with shared vectors, d = {dim}": {"dim": dim} for dim in (3, 8, 32)}
+            "an offset on one side only, 20 % wrong": {"mismatch": 0.2, "steer": "one side"}}
+    rows |= {f"with offsets, d = {dim}": {"dim": dim} for dim in (3, 8, 32)}
     rows |= {"random numbers move them": {"steer": "random"},
              "random for 20 steps, then nothing": {"steer": "random, then nothing"},
              "random for 20 steps, then the loss": {"steer": "random, then the loss"},
