@@ -1,97 +1,98 @@
 # SPDX-License-Identifier: MIT
-"""The contrastive gap in one file: make it, measure it, see why it opens, close it.
+"""The contrastive gap in one file: watch it open, measure it, explain it, close it.
 
-CLIP is to map a picture and its caption to nearby points of one sphere. Yet pictures end up in one
-region of it and all captions in another. "It's Not a Modality Gap" (Fahim, Murphy, Fyshe, arXiv
-2405.18570) shows that the contrastive loss itself makes this gap, and that two more terms,
-uniformity and alignment, close it:
-    python cgap.py --points                  # the smallest gap: no encoders, some seconds
-    python cgap.py                           # two encoders and the CLIP loss: a gap
-    python cgap.py --unif 1 --align 1        # two more terms: it closes
+CLIP trains two encoders so that an image and its caption become nearby points of one sphere. In a
+trained model, however, all images lie in one region of the sphere and all captions in another.
+"It's Not a Modality Gap" (Fahim, Murphy, Fyshe, arXiv 2405.18570) finds this gap under the
+contrastive loss even if both encoders see the same images, and closes it with two more terms.
+README.md has the commands.
 
 Part one, the paper                          Part two, the machinery
-  1. The loss, to copy                         7. Scenes: drawn pictures with exact captions
+  1. The loss, to copy                         7. Scenes: drawings with exact captions
   2. Measuring the gap                         8. Words, and photographs: COCO or a CSV file
   3. The smallest gap: points, no encoders     9. Devices and processes
   4. Two small encoders                       10. Runs: folders, checkpoints, models to use
-  5. Settings and pairs                       11. Figures
+  5. Settings and data                        11. Figures
   6. Training and evaluation                  12. The command line
 """
-import argparse, csv, functools, hashlib, json, os, re, sys, unicodedata
+import argparse, csv, functools, hashlib, inspect, json, os, re, sys
 from collections import Counter, defaultdict, namedtuple
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from itertools import chain
 from pathlib import Path
 from tqdm import tqdm
-__version__ = "4.0"
+__version__ = "5.0"
 
 # PART ONE: THE PAPER ==============================================================================
 # -- 1. The loss -----------------------------------------------------------------------------------
-# To copy into your own project; it needs nothing else. x_i, y_i: embeddings of pair i.
-#   clip    x_i should be more similar to its own y_i than to any other y_j, and the other way round
-#   unif    pictures should be far from other pictures, captions from other captions
-#   align   x_i and y_i should be close
-#   xunif   pictures should be far from the captions of others
+# To copy into your own project: this section needs nothing else. x[i] and y[i] are the embeddings
+# of image i and of its caption. Together they are a true pair; x[i] and y[j] are another pair.
+#   clip    the cosine of a true pair should be higher than that of any other pair in the batch
+#   unif    images should be far from other images, and captions from other captions
+#   align   an image should be close to its caption
+#   xunif   an image should be far from the captions of other images
 # The paper's losses are rows of weights: CLIP; CUA = CLIP + unif + align; CUAXU = CUA + xunif.
 import math
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-def as_pairs(x, y):
-    """x and y, (N, D), row i of x paired with row i of y, as tensors of float32 or better. Raises
-    ValueError for other shapes: they may give a number, too, but a wrong one."""
+def check_pairs(x, y):
+    """x and y as tensors of float32 or better. Raises ValueError unless both are (N, D), N > 1: row
+    i of x is paired with row i of y, and other shapes may give a number, too, but a wrong one."""
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
-        raise ValueError("x and y must both be (N, D), N > 1, a row for each pair (of an image's "
-                         f"captions, take one), not {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(f"x and y must both be (N, D), N > 1, not {(*x.shape,)}, {(*y.shape,)}")
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return x.to(dtype), y.to(dtype)
 
-def unit(z, center=False):
-    """The rows of z (N, D), without their mean if `center`, at length 1."""
+def normalize(z, center=False):
+    """Rows of z (N, D) scaled to length 1, after subtracting their mean if center."""
     return F.normalize(z - z.mean(0) if center else z, dim=1)
 
 def clip_loss(x, y, temperature):
-    """The cross-entropy of finding each one's partner in the batch, both ways, of unit vectors
-    (N, D): a scalar, 0 if perfect, ln N for a guess. Source: Radford et al., arXiv 2103.00020."""
+    """Cross-entropy of picking each item's match from the batch, averaged over both directions, of
+    unit vectors (N, D): a scalar, ln N for a guess. Source: Radford et al., arXiv 2103.00020."""
     logits = x @ y.T / temperature  # (N, N)
-    matched = torch.arange(len(x), device=x.device)
-    return (F.cross_entropy(logits, matched) + F.cross_entropy(logits.T, matched)) / 2
+    match = torch.arange(len(x), device=x.device)
+    return (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
 
 def uniformity(x, y, t=2.0):
-    """log mean_{i != j} exp(-t |x_i - y_j|^2) of unit vectors (N, D): a scalar, -4t to 0, lower the
-    farther apart they are. Pairs i = j are left out: their distance is 0, or should be. For one
-    modality: uniformity(x, x). Raises as `as_pairs`. Source: Wang & Isola, arXiv 2005.10242."""
-    x, y = as_pairs(x, y)
+    """log mean_{i != j} exp(-t |x_i - y_j|^2) of unit vectors (N, D): a scalar from -4t to 0, lower
+    if they are farther apart. For one modality: uniformity(x, x). Raises as check_pairs. Source:
+    Wang & Isola, arXiv 2005.10242."""
+    x, y = check_pairs(x, y)
     N = len(x)
-    exponents = 2 * t * (x @ y.T - 1)  # (N, N); on the sphere |a - b|^2 = 2 - 2 a.b
-    others = ~torch.eye(N, dtype=torch.bool, device=x.device)
-    total = exponents.masked_fill(~others, -math.inf).flatten().logsumexp(0)
-    # Their number, not from math.log, to which torch.compile would give N as a constant
-    return total - others.sum(dtype=x.dtype).log()
+    exponents = 2 * t * (x @ y.T - 1)  # (N, N); for unit vectors, |a - b|^2 = 2 - 2 a.b
+    itself = torch.eye(N, dtype=torch.bool, device=x.device)
+    return exponents.masked_fill(itself, -math.inf).flatten().logsumexp(0) - math.log(N * (N - 1))
 
 def alignment(x, y):
-    """mean_i |x_i - y_i|^2 of unit vectors (N, D), 0 to 4: 2 - 2 mean cosine (Wang & Isola)."""
+    """mean_i |x_i - y_i|^2 of unit vectors (N, D): a scalar from 0 to 4, or 2 - 2 mean cosine of
+    true pairs. Raises as check_pairs. Source: Wang & Isola."""
+    x, y = check_pairs(x, y)
     return (x - y).square().sum(1).mean()
 
 def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=False):
     """CLIP + unif * uniformity + align * alignment + xunif * cross-modal uniformity: a scalar to
-    minimise, often negative. x, y: (N, D) raw embeddings, row i of x paired with row i of y; they
-    are normalised here. temperature: T, not 1 / T: a number up to 1 or, to learn it, a scalar
-    tensor. center: subtract the batch's means first (then see `fold_means`, section 4). Of several
-    processes, give the rows of all, with gradients (`gather`, section 9): the log of a mean is not
-    the mean of logs. Raises ValueError for other shapes or T above 1. Source: paper's L_CUAXU."""
-    if isinstance(temperature, (int, float)) and not 0 < temperature <= 1:
-        raise ValueError(f"temperature is T, at most 1, not 1 / T: it is {temperature}")
-    x, y = as_pairs(x, y)
-    with torch.autocast(x.device.type, enabled=False):  # bfloat16's logits err by .2 at T = .01
-        x, y = unit(x, center), unit(y, center)
+    minimise, negative if uniformity outweighs the rest. Source: the paper's L_CUAXU.
+    x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here. Give
+    one caption for each image and, of several processes, the rows of all (`gather`, section 9).
+    temperature: T, not 1 / T: a number, or a scalar tensor if it is learned.
+    center: subtract the batch's mean of each modality first. From the finished model's embeddings,
+    subtract the means of training pairs (`fold_means`, section 4).
+    Raises ValueError for other shapes, and unless 0 < T <= 1. A tensor T on a GPU is not checked,
+    because reading it would wait, nor is any T while the loss is being compiled."""
+    readable = not torch.is_tensor(temperature) or temperature.device.type == "cpu"
+    if readable and not torch.compiler.is_compiling():
+        T = temperature.item() if torch.is_tensor(temperature) else temperature
+        if not 0 < T <= 1:
+            raise ValueError(f"temperature is T, at most 1, not 1 / T: it is {T:g}")
+    x, y = check_pairs(x, y)
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits err by 0.2 at T = 0.01
+        x, y = normalize(x, center), normalize(y, center)
         loss = clip_loss(x, y, temperature)
-        if unif:  # what has no weight is not computed: it takes time
+        if unif:  # terms with weight 0 are skipped
             loss = loss + unif * (uniformity(x, x) + uniformity(y, y)) / 2
         if align:
             loss = loss + align * alignment(x, y)
@@ -100,58 +101,70 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
     return loss
 
 # -- 2. Measuring the gap --------------------------------------------------------------------------
-# No number tells all. Clouds with one centre can be told apart; clouds that nobody can tell apart
-# can be narrow, or lie in directions of their own. Whatever measures takes tensors or arrays.
-def measurable(x, y, least=2):
-    """x and y as unit vectors; ValueError if a measure of them would mean nothing."""
-    x, y = as_pairs(x, y)
-    if len(x) < least or x.shape[1] < 2:
-        raise ValueError(f"x and y must be (N, D), N >= {least}, D > 1, not {tuple(x.shape)}")
-    lengths = torch.stack([x, y]).norm(dim=2)
-    bad = ((lengths == 0) | ~lengths.isfinite()).any(0).nonzero()
+# A gap is complete if a linear classifier tells images from captions every time, and closed if it
+# can only guess and the two means nearly coincide. Even then, images and captions need not be found
+# in one joint index: mixed search measures that. Embeddings are tensors or arrays, not normalised.
+def unit_pairs(x, y):
+    """x and y (N, D) with rows of length 1. Raises ValueError as check_pairs, for N < 5 or D < 2,
+    and for a row that is zero or not finite, as it has no direction."""
+    x, y = check_pairs(x, y)
+    if len(x) < 5 or x.shape[1] < 2:
+        raise ValueError(f"x and y must be (N, D), N >= 5, D > 1, not {tuple(x.shape)}")
+    largest = torch.stack([x, y]).abs().amax(2, keepdim=True)  # (2, N, 1)
+    bad = ((largest == 0) | ~largest.isfinite()).flatten(1).any(0).nonzero()
     if len(bad):
         raise ValueError(f"row {bad[0].item()} of x or y is zero or not finite, as {len(bad)} of "
                          f"{len(x)} are: leave these pairs out")
-    return unit(x), unit(y)
+    return normalize(x / largest[0]), normalize(y / largest[1])  # no square can under- or overflow
 
+@torch.enable_grad()
 def fit_logistic(z, labels, C):
-    """The w (D,) that minimises |w'|^2 / 2 + C sum_i log(1 + exp(-s_i z_i.w)), by Newton's method.
-    z: (N, D), its last column 1, for the bias, which w' lacks. labels: 0 or 1 for s = -1 or 1."""
-    ridge, w = torch.ones_like(z[0]), torch.zeros_like(z[0])
-    ridge[-1] = 0
-    for _ in range(25):
-        p = torch.sigmoid(z @ w)
-        gradient = ridge * w + C * z.T @ (p - labels)
-        hessian = ridge.diag() + C * (z.T * (p * (1 - p))) @ z
-        w = w - torch.linalg.solve(hessian, gradient)
-    return w
+    """The w (D,) that minimises |w'|^2 / 2 + C * (sum of log losses), the logistic regression of
+    scikit-learn. z: (N, D), its last column 1 for the bias, which w' lacks. labels: 0 or 1."""
+    w = torch.zeros_like(z[0], requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=3000, tolerance_grad=1e-7 * C, tolerance_change=0,
+                                  history_size=20, line_search_fn="strong_wolfe")
+    def objective():
+        optimizer.zero_grad()
+        log_losses = F.binary_cross_entropy_with_logits(z @ w, labels, reduction="sum")
+        value = w[:-1].square().sum() / 2 + C * log_losses
+        value.backward()
+        return value
+    optimizer.step(objective)
+    return w.detach()
 
 def linear_separability(x, y, C=1.0):
-    """Accuracy of a logistic regression that tells x from y (N, D), normalised here, on a fifth of
-    the pairs, held out. 1 is a complete gap, 0.5 none. The authors' C = 1 misses tiny gaps."""
-    x, y = measurable(x, y, least=5)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
-    z = F.pad(torch.stack([x, y], 1)[order], (0, 1), value=1.0)  # (N, 2, D + 1)
-    labels = torch.arange(2.0, dtype=z.dtype, device=z.device)
-    k = int(0.8 * len(x))
-    w = fit_logistic(z[:k].flatten(0, 1), labels.repeat(k), C)
-    return ((z[k:] @ w > 0) == labels).double().mean().item()
+    """How often a logistic regression, fitted to four fifths of the pairs, tells x from y (N, D) on
+    the others: 0.5 is chance, 1 a complete gap. C = 1, as in the authors' code, misses small gaps,
+    which C = 100 finds. Computed on the CPU in float64. Raises ValueError as unit_pairs."""
+    x, y = unit_pairs(torch.as_tensor(x).cpu().double(), torch.as_tensor(y).cpu().double())
+    N = len(x)
+    rows = F.pad(torch.cat([x, y]), (0, 1), value=1.0)  # (2 N, D + 1), a column of 1 for the bias
+    is_y = (torch.arange(2 * N) >= N).double()
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).repeat(2)
+    order[N:] += N  # both rows of a pair stand at the same place of their half
+    tested = torch.arange(N).repeat(2) >= int(0.8 * N)
+    w = fit_logistic(rows[order[~tested]], is_y[order[~tested]], C)
+    return ((rows[order[tested]] @ w > 0) == is_y[order[tested]]).double().mean().item()
 
 @torch.no_grad()
 def gap_metrics(x, y):
-    """All measures of the gap between paired embeddings x, y (N, D), as a dict of floats:
-    linear_separability   can a classifier tell them apart? 0.5 never, 1 always; _c100: C = 100
+    """Measures of the gap between paired embeddings x, y (N, D), as a dict of floats:
+    linear_separability   the function of that name; linear_separability_c100: with C = 100
     centroid_distance     |mean x - mean y|, 0 to 2
-    unif, align, xunif    the terms of the loss: uniformity (mean of both), alignment, across
-    margin                mean cosine of pairs less that of strangers, -2 to 2: Tr Cov(x, y)
-    spread                what is left without the means, sqrt(Tr Cov(x) Tr Cov(y)): 0 is a point
-    agreement             margin / spread, -1 to 1: do the two sides vary together?
-    overlap               the cosine of Cov(x) and Cov(y): 0 if each side has directions of its own
-    x, y are normalised here; about 30 N^2 bytes. Raises ValueError for other shapes, N < 5, D < 2,
-    a row that is zero or not finite. Source: the paper; the last four are identities of ours."""
-    x, y = measurable(*(torch.as_tensor(z).cpu().double() for z in (x, y)), least=5)
-    dx, dy = x - x.mean(0), y - y.mean(0)
-    cov_x, cov_y, cov_xy = (a.T @ b / (len(x) - 1) for a, b in ((dx, dx), (dy, dy), (dx, dy)))
+    unif, align, xunif    the terms of the loss; unif is the mean of both modalities
+    margin      mean cosine of true pairs minus that of all other pairs, -2 to 2: Tr Cov(x, y)
+    spread      sqrt(Tr Cov(x) Tr Cov(y)): how much embeddings vary about the mean of their
+                modality, from 0 (a single point) to about 1
+    agreement   margin / spread, the correlation of x and y, -1 to 1
+    overlap     the cosine of Cov(x) and Cov(y), 0 to 1: do both vary in the same directions?
+    A gap bounds the margin: margin <= spread <= 1 - (|mean x|^2 + |mean y|^2) / 2 <= 1 - g^2 / 4,
+    g being the centroid distance (all times N / (N - 1), as these are samples).
+    Computed on the CPU in float64, in about 30 N^2 bytes. Raises ValueError as unit_pairs. Source:
+    the paper and its code; the last four are identities of ours."""
+    x, y = unit_pairs(torch.as_tensor(x).cpu().double(), torch.as_tensor(y).cpu().double())
+    cov_x, cov_y = x.T.cov(), y.T.cov()  # (D, D)
+    margin = ((x - x.mean(0)) * (y - y.mean(0))).sum() / (len(x) - 1)
     spread = (cov_x.trace() * cov_y.trace()).sqrt()
     metrics = {
         "linear_separability": linear_separability(x, y),
@@ -159,101 +172,98 @@ def gap_metrics(x, y):
         "centroid_distance": (x.mean(0) - y.mean(0)).norm(),
         "unif": (uniformity(x, x) + uniformity(y, y)) / 2,
         "align": alignment(x, y), "xunif": uniformity(x, y),
-        "margin": cov_xy.trace(), "spread": spread,
-        "agreement": cov_xy.trace() / spread.clamp(min=1e-12),  # a point agrees with nothing
+        "margin": margin, "spread": spread,
+        "agreement": margin / spread.clamp(min=1e-12),  # avoids 0 / 0 if a cloud is a single point
         "overlap": (cov_x * cov_y).sum() / (cov_x.norm() * cov_y.norm()).clamp(min=1e-24)}
     return {name: float(value) for name, value in metrics.items()}
 
 @torch.no_grad()
-def best_temperature(x, y, batch=64):
-    """The T, of .005 to 1 in steps of 12 %, at which the CLIP loss of paired x, y (N, D) in batches
-    is least once each side's mean is subtracted. Of pairs that were held out, wrong ones among them
-    as in training, it says how sure a softmax may be. Source: Guo et al., arXiv 1706.04599."""
-    x, y = (unit(z, center=True) for z in measurable(x, y))
-    batch = min(batch, len(x))
-    starts = range(0, len(x) - batch + 1, batch)
-    cosines = torch.stack([x[i:i + batch] @ y[i:i + batch].T for i in starts])
-    matched = torch.arange(batch, device=x.device).expand(len(cosines), -1)
-    grid = [10 ** (-k / 20) for k in range(47)]  # of (batches, batch, batch), classes are dim 1
-    return min(grid, key=lambda T: sum(F.cross_entropy(z / T, matched)
-                                       for z in (cosines, cosines.mT)))
-
-@torch.no_grad()
-def recall(x, y, group=None, mixed=False):
-    """R@1: how often the y nearest to x_i is a right one, and how often the x nearest to y_i; two
-    floats. x, y: (N, D), normalised here, one caption an image. group: (N,) integers, equal for
-    equal captions; None: all differ. Raises ValueError as above. mixed: the same in one index of x
-    and y, which feels a gap: how often the nearest of all, but for itself and others of its
-    modality and group, is a right one of the other modality. After Li et al., arXiv 2507.19054."""
-    x, y = measurable(x, y)
-    group = torch.as_tensor(range(len(x)) if group is None else group).to(x.device)
+def search(x, y, group=None):
+    """How often the nearest item is a right one, as a dict of four floats from 0 to 1:
+    i2t_r1      R@1: a hit if the y nearest to x_i is y_i, or another with an equal caption
+    mixed_i2t   the same in one joint index of x and y: a hit if the item nearest to x_i, leaving
+                out x_i and other x with an equal caption, is a y with an equal caption
+    t2i_r1, mixed_t2i   the same two with x and y exchanged
+    x, y: (N, D). group: (N,) integers, equal for equal captions; None: all captions differ. Takes
+    about 15 N^2 bytes. Raises ValueError as unit_pairs. Source: Li et al., arXiv 2507.19054."""
+    x, y = unit_pairs(x, y)
+    group = torch.arange(len(x)) if group is None else torch.as_tensor(group)
     if group.shape != (len(x),):
         raise ValueError(f"group must be ({len(x)},), one for each pair, not {tuple(group.shape)}")
-    def asks(x, y):
-        cosine, nearest = (x @ y.T).max(1)
-        right = group[nearest] == group
-        if mixed:  # nothing of one's own modality may be nearer
-            own = (x @ x.T).masked_fill_(group[:, None] == group, -math.inf)
-            right &= cosine > own.amax(1)
-        return right.float().mean().item()
-    return [asks(x, y), asks(y, x)]
+    group = group.to(x.device)
+    same = group[:, None] == group  # (N, N)
+    cosines = x @ y.T
+    hits = {}
+    for way, own, cosines in (("i2t", x, cosines), ("t2i", y, cosines.T)):
+        highest, nearest = cosines.max(1)
+        rival = (own @ own.T).masked_fill_(same, -math.inf).amax(1)  # in the query's own modality
+        hits[f"{way}_r1"] = group[nearest] == group
+        hits[f"mixed_{way}"] = hits[f"{way}_r1"] & (highest > rival)
+    return {name: hit.float().mean().item() for name, hit in hits.items()}
 
-def mixed_recall(x, y, group=None):
-    """`recall` in one index of both modalities. About 10 N^2 bytes."""
-    return recall(x, y, group, mixed=True)
+def rotation(x, y):
+    """The orthogonal matrix R (D, D) that minimises |x - y R|^2 over paired rows x, y (N, D). y @ R
+    is y turned onto x, mean included, with all cosines within y unchanged. Nothing is normalised or
+    centred here. Raises as check_pairs. Source: orthogonal Procrustes, Schönemann 1966."""
+    x, y = check_pairs(x, y)
+    u, _, vt = torch.linalg.svd(y.T @ x)
+    return u @ vt
 
 # -- 3. The smallest gap ---------------------------------------------------------------------------
-# No encoders, only points that the loss moves as it likes. Left alone, they open no gap. Give each
-# side an offset, one vector that all its points share, like an encoder's bias, and they are two
-# clouds within a few steps. Nothing has to push: two random directions are nearly at right angles,
-# so offsets that move freely part the clouds, even if random numbers move them (`steer`). And
-# nothing pulls back: a softmax sees differences of cosines over T. Where T is cold, pairs a little
-# closer than strangers suffice; where it is warm, pairs must coincide, and the clouds merge.
-def smallest_gap(offset=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
-                 mismatch=0.0, steer=None, **weights):
-    """Train n pairs of free points, at first in one cone, and an offset for each side, at first 0.
-    offset: its learning rate, as a multiple of the points'. mismatch: the share of wrong pairs,
-    different ones in each step. steer: a function of the step and the offsets' gradient (2, 1, dim)
-    that returns what to use instead. weights: cgap_loss's. Returns a list of dicts (`step`,
-    gap_metrics, `mixed_i2t`, `mixed_t2i`) and {step: the clouds (2, n, dim)}, at a few steps."""
+# There are no encoders here, only vectors that the loss moves as it likes. Trained freely, they
+# form no gap. Now give each modality an offset, one vector that is added to all of its points, like
+# the bias of an encoder's last layer. The two clouds part within a few steps. No force is needed
+# for that: two random directions in 128 dimensions are almost orthogonal, so the offsets carry the
+# clouds apart even if random numbers replace their gradient (`offset_gradient`).
+#     Whether they come back depends on the temperature. If a true pair's cosine is 10 T above the
+# 63 others of its batch, the loss is ln(1 + 63 exp(-10)) = 0.003. At T = 0.01 that takes 0.1, with
+# a gap or without: the loss is almost zero, and so is its pull. At T = 0.2 it takes 2, so there is
+# always something to gain; and as a gap bounds the margin (see gap_metrics), gaining closes it.
+def smallest_gap(offset_lr=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
+                 mismatch=0.0, offset_gradient=None, **weights):
+    """Train n pairs of free points, which start in one cone, and an offset for each modality, which
+    starts at 0. Returns, at a few steps, a list of dicts (`step`, gap_metrics, search) and {step:
+    clouds (2, n, dim)}. offset_lr: learning rate of the offsets, as a multiple of the points'.
+    mismatch: share of wrong pairs, others in each step. offset_gradient: a function of the step and
+    the offsets' gradient (2, 1, dim) that returns what to use instead. weights: cgap_loss's."""
     torch.manual_seed(seed)
     cone = torch.randn(dim) / dim ** 0.5
     points = (cone + 0.3 / dim ** 0.5 * torch.randn(2, n, dim)).requires_grad_()
     offsets = torch.zeros(2, 1, dim, requires_grad=True)
-    groups = [{"params": [points]}, {"params": [offsets], "lr": 0.01 * offset}]
-    optimizer = torch.optim.Adam(groups, lr=0.01)
+    optimizer = torch.optim.Adam([{"params": [points], "lr": 0.01},
+                                  {"params": [offsets], "lr": 0.01 * offset_lr}])
     history, clouds = [], {}
     for step in range(steps + 1):
-        x, y = points + offsets
+        x, y = points + offsets  # unpacks the first dimension: (n, dim) each
         if step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 400, steps):
-            clouds[step] = torch.stack([unit(x), unit(y)]).detach()
-            mixed = dict(zip(("mixed_i2t", "mixed_t2i"), mixed_recall(x, y)))
-            history.append({"step": step, **gap_metrics(x, y), **mixed})
+            clouds[step] = torch.stack([normalize(x), normalize(y)]).detach()
+            history.append({"step": step, **gap_metrics(*clouds[step]), **search(*clouds[step])})
         i = torch.randperm(n)[:batch]
-        j = mismatched(n, mismatch, seed=step)[i]
+        j = mismatch_captions(n, mismatch, seed=(steps + 1) * seed + step)[i]
         loss = cgap_loss(x[i], y[j], temperature, **weights)
         optimizer.zero_grad()
         loss.backward()
-        if steer:
-            offsets.grad = steer(step, offsets.grad)
+        if offset_gradient:
+            offsets.grad = offset_gradient(step, offsets.grad)
         optimizer.step()
     return history, clouds
 
-def mismatched(n, share, seed=0):
-    """The partner of each of n pairs, (n,): its own or, for a random share, another's."""
+def mismatch_captions(n, share, seed=0):
+    """Which caption each of n images gets, (n,): its own or, for a random share, another's."""
     generator = torch.Generator().manual_seed(seed or 2 ** 31)  # 0 draws the first epoch's order
-    wrong = max(2, round(share * n)) if share else 0  # one alone has nobody to swap with
-    chosen = torch.randperm(n, generator=generator)[:wrong]
-    partner = torch.arange(n)
-    partner[chosen] = chosen.roll(1)
-    return partner
+    count = max(2, round(share * n)) if share else 0  # one caption alone has none to swap with
+    chosen = torch.randperm(n, generator=generator)[:count]
+    caption = torch.arange(n)
+    caption[chosen] = chosen.roll(1)
+    return caption
 
 # -- 4. Two small encoders -------------------------------------------------------------------------
-# Neither has a BatchNorm: samples meet in the loss alone.
-CONTEXT = 32  # words in a caption; longer ones are cut
+# Neither has a BatchNorm, so the pairs of a batch meet in the loss alone.
+CONTEXT = 32  # words of a caption that the text encoder reads; the rest is cut
 
 class ImageEncoder(nn.Module):
-    """A convolutional network: uint8 images (B, 3, S, S) to embeddings (B, dim)."""
+    """A convolutional network: uint8 images (B, 3, S, S) to raw embeddings (B, dim). Raises
+    ValueError for images of another type, such as floats from 0 to 1, which would look black."""
     def __init__(self, dim):
         super().__init__()
         layers = []
@@ -262,16 +272,18 @@ class ImageEncoder(nn.Module):
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, 128)
         self.projection = nn.Linear(128, dim)
     def forward(self, images):
-        return self.projection(self.body(images.float() / 64 - 2))  # pixels to about -2 .. 2
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8, from 0 to 255, not {images.dtype}")
+        return self.projection(self.body(images.float() / 64 - 2))  # pixels from -2 to about 2
 
 class TextEncoder(nn.Module):
-    """A transformer: tokens (B, L), 0 for padding, L up to CONTEXT, to embeddings (B, dim)."""
+    """A transformer: tokens (B, L), 0 for padding, L <= CONTEXT, to raw embeddings (B, dim)."""
     def __init__(self, dim, vocab):
         super().__init__()
         self.token = nn.Embedding(vocab, 128)
         self.position = nn.Parameter(torch.randn(CONTEXT, 128))  # as large as word embeddings
-        self.body = nn.TransformerEncoderLayer(128, 4, 512, 0.0, "gelu", batch_first=True,
-                                               norm_first=True)
+        self.body = nn.TransformerEncoderLayer(128, 4, 512, 0.0, "gelu", norm_first=True,
+                                               batch_first=True)
         self.norm = nn.LayerNorm(128)
         self.projection = nn.Linear(128, dim)
     def forward(self, tokens):
@@ -282,12 +294,12 @@ class TextEncoder(nn.Module):
         return self.projection((h * weight).sum(1) / weight.sum(1))  # mean over the words
 
 class TwoEncoders(nn.Module):
-    """Encoders for images and texts (or, `same_modality`, images again), and a temperature."""
+    """Encoders for images and texts (or, with same_modality, images again), and a temperature."""
     def __init__(self, cfg, vocab):
         super().__init__()
         self.image = ImageEncoder(cfg.dim)
         self.text = ImageEncoder(cfg.dim) if cfg.same_modality else TextEncoder(cfg.dim, vocab)
-        # log(1 / T) is what is learned: it moves by factors, and T stays above 0.
+        # What is learned is log(1 / T): steps then change T by factors, and T stays above 0.
         self.log_scale = nn.Parameter(torch.tensor(-math.log(cfg.temperature)),
                                       requires_grad=cfg.learn_temperature)
     def forward(self, images, texts):
@@ -295,32 +307,40 @@ class TwoEncoders(nn.Module):
 
 @torch.no_grad()
 def encode(encoder, inputs):
-    """Raw embeddings (N, dim) of images or tokens, where the encoder is, in eval mode."""
-    training, device = encoder.training, encoder.projection.weight.device
-    encoder.eval()  # else an encoder with BatchNorm or dropout would feel that it is measured
+    """Raw embeddings (N, dim) of uint8 images or tokens, on the encoder's device. It is put in eval
+    mode for this, so that measuring neither updates BatchNorm nor applies dropout."""
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    device = encoder.projection.weight.device
     parts = [encoder(part.to(device)) for part in inputs.split(256)]
-    encoder.train(training)
+    for module, mode in modes.items():  # parts of it may have been in eval mode before
+        module.training = mode
     return torch.cat(parts)
+
+def embed(model, images, texts):
+    """Unit embeddings (N, dim) of images and of texts."""
+    return normalize(encode(model.image, images)), normalize(encode(model.text, texts))
 
 @torch.no_grad()
 def remove_initial_gap(model, images, texts):
-    """Move the second cloud y onto x, in place: mean, spread, direction (orthogonal Procrustes)."""
+    """Move the captions' cloud onto the images', in place: its mean, its spread, its direction."""
     x, y = encode(model.image, images), encode(model.text, texts)
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
-    u, _, vt = torch.linalg.svd(y.T @ x)
-    turn = (u @ vt).T * x.norm() / y.norm()
+    turn = rotation(x, y).T * x.norm() / y.norm()  # (dim, dim)
     last = model.text.projection  # W h + b becomes turn (W h + b - mean_y) + mean_x, h a column
     last.weight.copy_(turn @ last.weight)
     last.bias.copy_(turn @ (last.bias - mean_y) + mean_x)
 
 @torch.no_grad()
 def fold_means(model, images, texts):
-    """Give both encoders a mean of 0 over these pairs, in place. A centred loss does not see it."""
+    """Change the last biases of both encoders, in place, so that the means of these pairs become 0.
+    A centred loss can neither push nor pull the means, and they drift apart in training. If a run
+    with --center has no gap between its means, it was removed here, before measuring."""
     for encoder, inputs in ((model.image, images), (model.text, texts)):
         encoder.projection.bias -= encode(encoder, inputs).mean(0)
 
-# -- 5. Settings and pairs -------------------------------------------------------------------------
+# -- 5. Settings and data --------------------------------------------------------------------------
 class UserError(Exception):
     """A mistake of the user's: the command line prints it as one line and exits with 2."""
 
@@ -335,15 +355,16 @@ def setting(default, text, low=0, high=1e9):
 
 @dataclass
 class Config:
-    """All settings of a run. Each is a command-line flag."""
+    """All settings of a run; each is a flag of the command line. Numbers of other types, such as
+    NumPy's, become those that are declared here. Raises UserError for what a setting cannot be."""
     unif: float = setting(0.0, "weight of uniformity; the paper's CUA is --unif 1 --align 1")
     align: float = setting(0.0, "weight of alignment")
     xunif: float = setting(0.0, "weight of cross-modal uniformity; CUAXU is CUA with --xunif 1")
-    center: bool = setting(False, "the loss sees embeddings without their batch's mean")
-    temperature: float = setting(0.01, "T of the CLIP loss (not 1 / T), or its start", 0.01, 1)
-    learn_temperature: bool = setting(False, "learn T, down to 0.01")
+    center: bool = setting(False, "hide the means from the loss, and set them to 0 when measuring")
+    temperature: float = setting(0.01, "T of CLIP's loss (not 1 / T), or its start", 0.01, 1)
+    learn_temperature: bool = setting(False, "learn T, between 0.01 and 1")
     data: str = setting("synthetic", "synthetic, an MS-COCO folder or a CSV file: image,caption")
-    limit: int = setting(0, "scenes to draw, or photographs to use at most; 0: 20,000, or all")
+    limit: int = setting(0, "scenes to draw, or images to use at most; 0: 20,000, or all")
     mismatch: float = setting(0.0, "share of training images with another one's caption", 0, 1)
     image_size: int = setting(0, "side of the images in pixels; 0: 32 (scenes), 64 (photographs)")
     cache: str = setting("~/.cache/cgap", "folder for decoded photographs")
@@ -356,15 +377,19 @@ class Config:
     weight_decay: float = setting(0.1, "weight decay of matrices")
     seed: int = setting(0, "seed of scenes, weights and batches")
     device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N or mps")
-    compile: bool = setting(False, "torch.compile the encoders and the loss")
     eval_every: int = setting(250, "steps between evaluations, with a checkpoint each", 1)
     out: str = setting("", "new folder for the run; default: runs/<time>-<loss>-seed<seed>")
-    def check(self):
-        """Raise UserError for a number that cannot be meant."""
+    def __post_init__(self):
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            require(f.type is str or low <= value <= high,  # nan is not
-                    f"--{f.name.replace('_', '-')} must be {low:g} to {high:g}, not {value}")
+            try:
+                converted = f.type(os.fspath(value) if f.type is str else value)
+                fits = f.type is str or converted == value and low <= converted <= high
+            except (TypeError, ValueError):
+                fits = False
+            kind = f.type.__name__ + f" from {low:g} to {high:g}" * (f.type in (int, float))
+            require(fits, f"--{f.name.replace('_', '-')} must be {kind}, not {value!r}")
+            setattr(self, f.name, converted)
     def loss_settings(self):
         """What cgap_loss takes beside embeddings and temperature."""
         return {"unif": self.unif, "align": self.align, "xunif": self.xunif, "center": self.center}
@@ -379,205 +404,205 @@ class Config:
 class Pairs:
     """Images with K texts each: captions, or the image again; or what your own encoders take."""
     images: torch.Tensor  # (N, 3, S, S) uint8
-    texts: torch.Tensor  # (N, K, L) int32, padded with 0, or (N, 1, 3, S, S) uint8
-    group: torch.Tensor | None = None  # (N, K): equal numbers for equal texts; None: all differ
-    def __post_init__(self):
-        shapes = tuple(self.images.shape), tuple(self.texts.shape)
-        require(shapes[0][:1] == shapes[1][:1] and len(shapes[1]) > 2,
-                f"Pairs are images (N, ...) and texts (N, K, ...), K for each, not {shapes}")
-        if self.group is None:
-            self.group = torch.arange(math.prod(shapes[1][:2])).view(shapes[1][:2])
-    def __getitem__(self, part):
-        return replace(self, images=self.images[part], texts=self.texts[part],
-                       group=self.group[part])
-    def batch(self, i, epoch=0):
+    texts: torch.Tensor  # (N, K, L) int32 tokens, padded with 0, or (N, 1, 3, S, S) uint8
+    def take(self, i, epoch=0):
         """Images i (indices or a slice), each with one of its texts, another in each epoch."""
         return self.images[i], self.texts[i, epoch % self.texts.shape[1]]
 
-# train, val: Pairs. vocab: {word: number}. tasks: Tasks or None.
-Data = namedtuple("Data", "train val vocab tasks")
-# Zero-shot: prompts[labels[i]] should be nearest to images[i]; unseen[i]: not met in training.
-# Arithmetic: nearest to image pool[query[q]] + word new[q] - word old[q] must be a pool[i] with
-# correct[q, i]; q goes over the five words of scenes: colour, shape, colour, shape, relation.
-Tasks = namedtuple("Tasks", "images labels unseen prompts pool query old new correct")
+# training, held_out: Pairs. group: (N,) integers, equal for held-out images whose first captions
+# are equal, or None. vocab: {word: token}. tasks: (ZeroShot, Arithmetic). source: a hash of names
+# and captions, by which a resumed run knows its data. Of your own data only Pairs are needed.
+Data = namedtuple("Data", "training held_out group vocab tasks source",
+                  defaults=(None, None, None, ""))
+# Zero-shot classification: of all prompts (48, L), the right one, prompts[labels[i]], should be
+# nearest to images[i]. unseen (n,): is this a colour and shape that training never combines?
+ZeroShot = namedtuple("ZeroShot", "images labels unseen prompts")
+# Arithmetic: pool[query[q]] + text(new[q]) - text(old[q]) should be nearest to a pool[i] for which
+# correct[q, i] holds. Example: an image of "a red ring above a white cross", new "blue", old "red";
+# the images that show "a blue ring above a white cross" are correct.
+Arithmetic = namedtuple("Arithmetic", "pool query old new correct")
 
 def prepare(data, cfg):
-    """Data as cfg wants them: limited, of one modality, with wrong captions to train on."""
-    train, val, vocab, tasks = data
-    if cfg.limit:
-        train, val = train[:cfg.limit], val[:cfg.limit]
-    n, held_out = len(train.images), len(val.images)
-    require(n >= cfg.batch and held_out >= 5,
-            f"too few images: {n} for a batch of {cfg.batch}, {held_out} held out (5 at least)")
+    """Data as cfg wants them: limited, of one modality, with mismatched training captions."""
+    n, held_out = min(cfg.limit or math.inf, len(data.training.images)), data.held_out
+    images, texts = data.training.images[:n], data.training.texts[:n]
+    require(n >= cfg.batch and len(held_out.images) >= 5, f"too few images: {n} for a batch of "
+            f"{cfg.batch}, {len(held_out.images)} held out (5 at least)")
     if cfg.same_modality:
-        train, val = (Pairs(pairs.images, pairs.images[:, None]) for pairs in (train, val))
-        tasks = None
+        texts, held_out = images[:, None], Pairs(held_out.images, held_out.images[:, None])
+        data = data._replace(group=None, tasks=None)
     if cfg.mismatch:
-        partner = mismatched(n, cfg.mismatch, cfg.seed)
-        train = replace(train, texts=train.texts[partner], group=train.group[partner])
-    return Data(train, val, vocab, tasks)
+        texts = texts[mismatch_captions(n, cfg.mismatch, cfg.seed)]
+    return data._replace(training=Pairs(images, texts), held_out=held_out)
 
 # -- 6. Training and evaluation --------------------------------------------------------------------
-# With one process rank_and_world() is (0, 1) and gather does nothing (section 9). A run is a dict
-# that goes into a folder (section 10).
-def do_tasks(model, tasks):
-    """Accuracies in zero-shot and in arithmetic."""
-    cosines = unit(encode(model.image, tasks.images)) @ unit(encode(model.text, tasks.prompts)).T
-    named = (cosines.argmax(1).cpu() == tasks.labels).float()
-    pool = unit(encode(model.image, tasks.pool))
-    edit = unit(encode(model.text, tasks.new)) - unit(encode(model.text, tasks.old))
-    query = tasks.query.to(pool.device)
-    scores = (pool[query] + edit) @ pool.T
-    scores.scatter_(1, query[:, None], -math.inf)  # the query itself is no answer
-    found = tasks.correct.gather(1, scores.argmax(1, keepdim=True).cpu()).float().view(5, -1)
-    right = {"zero_shot": named, "zero_shot_unseen": named[tasks.unseen],
-             "arithmetic_attribute": found[:4], "arithmetic_relation": found[4]}
-    return {name: values.mean().item() for name, values in right.items()}
-
+# With one process, rank_and_world() is (0, 1) and gather does nothing (section 9). A run is a dict
+# that is saved into a folder (section 10).
 def evaluate(model, data, cfg):
-    """A dict: the loss on a batch of training pairs; the gap and search on held-out pairs (5,000 at
-    most, the first caption of each); the tasks."""
+    """A dict of floats: the loss on a batch of training pairs; gap_metrics and search on held-out
+    pairs (5,000 at most, the first caption of each); the tasks, if there are any."""
     T = torch.exp(-model.log_scale)
-    order = epoch_order(0, len(data.train.images), cfg.seed)
-    images, texts = data.train.batch(order[:cfg.batch])
+    order = epoch_order(0, len(data.training.images), cfg.seed)
+    images, texts = data.training.take(order[:cfg.batch])
     x, y = encode(model.image, images), encode(model.text, texts)
     loss = cgap_loss(x, y, T, **cfg.loss_settings())
     require(loss.isfinite(), "the loss is not finite: lower --lr or raise --temperature")
-    clip = clip_loss(unit(x, cfg.center), unit(y, cfg.center), T)
-    images, texts = data.val.batch(slice(5000))
-    x, y = encode(model.image, images), encode(model.text, texts)
-    group = data.val.group[:5000, 0]
-    searches = zip(("i2t_r1", "t2i_r1", "mixed_i2t", "mixed_t2i"),
-                   recall(x, y, group) + mixed_recall(x, y, group))
-    partner = mismatched(len(x), cfg.mismatch, cfg.seed).to(x.device)  # as wrong as in training
-    return {"train_loss": loss.item(), "train_clip": clip.item(), "temperature": T.item(),
-            "best_temperature": best_temperature(x, y[partner], cfg.batch), **gap_metrics(x, y),
-            **dict(searches), **(do_tasks(model, data.tasks) if data.tasks else {})}
+    metrics = {"train_loss": loss.item(), "temperature": T.item()}
+    x, y = embed(model, *data.held_out.take(slice(5000)))
+    group = None if data.group is None else data.group[:5000]
+    metrics |= gap_metrics(x, y) | search(x, y, group)
+    return metrics | do_tasks(model, *data.tasks) if data.tasks else metrics
 
-@functools.lru_cache(2)  # drawn once an epoch: for COCO it takes milliseconds
-def epoch_order(epoch, n, seed, device="cpu"):
-    """The order of n pairs in an epoch: without state, so that any step can be the next."""
+def do_tasks(model, zero_shot, arithmetic):
+    """Accuracies of both tasks, as a dict of floats from 0 to 1; those of arithmetic for words that
+    are attributes of an object, and for relations, which the last fifth of the questions are."""
+    images, prompts = embed(model, zero_shot.images, zero_shot.prompts)
+    named = ((images @ prompts.T).argmax(1).cpu() == zero_shot.labels).float()
+    pool, new = embed(model, arithmetic.pool, arithmetic.new)
+    old = normalize(encode(model.text, arithmetic.old))
+    query = arithmetic.query.to(pool.device)
+    scores = (pool[query] + new - old) @ pool.T  # (Q, m)
+    scores.scatter_(1, query[:, None], -math.inf)  # the question's own image is no answer
+    answer = scores.argmax(1, keepdim=True).cpu()
+    found = arithmetic.correct.gather(1, answer).float().view(len(WORDS), -1)  # a row for each word
+    right = {"zero_shot": named, "zero_shot_unseen": named[zero_shot.unseen],
+             "arithmetic_attribute": found[:4], "arithmetic_relation": found[4]}
+    return {name: values.mean().item() for name, values in right.items()}
+
+@functools.lru_cache(2)  # drawn once an epoch, not at each step: for COCO it takes milliseconds
+def epoch_order(epoch, n, seed):
+    """The order of n pairs in an epoch. It needs no state, so a run can go on at any step."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    return torch.randperm(n, generator=generator).to(device)
+    return torch.randperm(n, generator=generator)
 
 def next_batch(pairs, step, cfg, device):
     """This process's share of a step's batch, on the device."""
     n = len(pairs.images)
     epoch, k = divmod(step, n // cfg.batch)
-    order = epoch_order(epoch, n, cfg.seed, pairs.images.device)
     rank, world = rank_and_world()
-    batch = pairs.batch(order[k * cfg.batch:(k + 1) * cfg.batch][rank::world], epoch)
-    if device.type == "cuda" and not batch[0].is_cuda:  # pinned, they are copied without waiting
+    share = epoch_order(epoch, n, cfg.seed)[k * cfg.batch:(k + 1) * cfg.batch][rank::world]
+    batch = pairs.take(share, epoch)
+    if device.type == "cuda":  # pinned, they are copied while the GPU works
         batch = [part.pin_memory() for part in batch]
     return [part.to(device, non_blocking=True) for part in batch]
 
 def make_optimizer(model, cfg):
-    """AdamW; weight decay on matrices, not on biases, norms, temperature."""
+    """AdamW, with weight decay for matrices, not for biases, norms and the temperature."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), fused=True)
 
 def learning_rate(step, cfg):
-    """The lower of a linear warm-up over a tenth of the steps and a cosine to 0."""
+    """The lower of a linear warm-up over a tenth of the steps and a cosine that ends at 0."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / cfg.steps)
     return cfg.lr * min((step + 1) / (0.1 * cfg.steps), cosine)
 
-def observe(run, step, model, optimizer, data, quiet):
-    """At the steps that are due, a snapshot for the figures; an evaluation and a checkpoint."""
+def record(run, step, model, optimizer, data, quiet):
+    """Where a step is due: keep a snapshot for the figures; evaluate, save the run, print a line.
+    If the loss is centred, the model's means are folded first."""
     cfg = run["cfg"]
     evaluating = step % cfg.eval_every == 0 or step == cfg.steps
     drawing = step % math.ceil(cfg.steps / 30) == 0 or step == cfg.steps
-    if cfg.center and (evaluating or drawing):  # the loss cannot see it
-        fold_means(model, *data.train.batch(slice(2048 if evaluating else 256)))
+    if cfg.center and (evaluating or drawing):
+        fold_means(model, *data.training.take(slice(2048 if evaluating else 256)))
     if rank_and_world()[0] > 0:
         return
     if drawing:
-        images, texts = data.val.batch(slice(256))
-        both = [unit(encode(model.image, images)), unit(encode(model.text, texts))]
-        run["snapshots"][step] = torch.stack(both).half().cpu()
+        x, y = embed(model, *data.held_out.take(slice(256)))
+        run["snapshots"][step] = torch.stack([x, y]).half().cpu()
     if evaluating:
-        record = {"step": step, **evaluate(model, data, cfg)}
-        run["history"].append(record)
-        lines = "\n".join(map(json.dumps, run["history"]))
-        Path(cfg.out, "metrics.jsonl").write_text(lines + "\n")
-        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save_whole(run | states | {"cfg": asdict(cfg)}, Path(cfg.out, "checkpoint.pt"))
+        run["history"].append({"step": step, **evaluate(model, data, cfg)})
+        save_run(run, model, optimizer)
+        line = ("step {step:6}   loss {train_loss:7.3f}   separability {linear_separability:.3f}   "
+                "R@1 {i2t_r1:.3f}   mixed search {mixed_i2t:.3f}".format(**run["history"][-1]))
         if not quiet:
-            tqdm.write("step {step:6}   loss {train_loss:7.3f}   separability {linear_separability"
-                       ":.3f}   R@1 {i2t_r1:.3f}   mixed {mixed_i2t:.3f}".format(**record))
+            tqdm.write(line)
 
-def train(cfg, resume=False, model=None, data=None, quiet=False):
-    """Train two encoders; returns the history, a list of dicts of metrics ([] in all but the first
-    of several processes). resume: go on with the run in cfg.out. model: your own nn.Module. It has
-    encoders `image` and `text`, each with a last nn.Linear `projection`; a parameter `log_scale`,
-    log(1 / T), which counts, not cfg.temperature; and model(images, texts) gives raw embeddings x,
-    y and T. data: your own Data; vocab, tasks may be None. Raises UserError for what cannot be."""
-    cfg = settled(cfg, resume)
+def train_step(model, forward, optimizer, batch, step, cfg):
+    """One step of training; returns the loss. forward: the model, or what DDP makes of it."""
+    x, y, T = forward(*batch)
+    loss = cgap_loss(gather(x), gather(y), T, **cfg.loss_settings())
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate(step, cfg)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    model.log_scale.data.clamp_(0, math.log(100))  # 0.01 <= T <= 1; OpenAI's bound is 0.01
+    return loss.detach()
+
+def train(cfg, model=None, data=None, quiet=False, run=None):
+    """Train two encoders; returns the history, a list of dicts of metrics, one for each evaluation
+    ([] in all but the first of several processes), which is also saved in the folder cfg.out.
+    model: your own nn.Module. It has encoders `image` and `text`, each with a last nn.Linear named
+    `projection`, and a parameter `log_scale`, log(1 / T), which counts instead of cfg.temperature;
+    model(images, texts) returns raw embeddings x, y and T. Its parts are trained in the mode, train
+    or eval, that they are in. data: your own Data. run: set by `resume`. Raises UserError. Not to
+    be called in two threads at a time, which would share random numbers."""
+    cfg = resolve(cfg, is_new=run is None)
     device = find_device(cfg.device)
-    torch.set_flush_denormal(True)  # most of softmax is below 1e-38, where CPUs are slow
-    with process_group(device):
-        data = prepare(data or load_data(cfg), cfg)
-        torch.manual_seed(cfg.seed)
-        model = (model or TwoEncoders(cfg, len(data.vocab or ()))).to(device)
-        check_model(model, data, cfg)
-        if cfg.remove_gap and not resume:
-            remove_initial_gap(model, *data.train.batch(slice(2048)))
-        forward, loss_of = compiled(model, cfg, device)
-        optimizer = make_optimizer(model, cfg)
-        run = open_run(cfg, data, model, optimizer, resume)
-        if not resume:
-            observe(run, 0, model, optimizer, data, quiet)
-        pairs = at_hand(data.train, device)
-        first = run["history"][-1]["step"] if resume else 0
-        model.train()
-        rank, _ = rank_and_world()
-        bar = tqdm(range(first, cfg.steps), cfg.name(), disable=quiet or rank > 0)
-        for step in bar:
-            x, y, T = forward(*next_batch(pairs, step, cfg, device))
-            loss = loss_of(gather(x), gather(y), T, **cfg.loss_settings())
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, cfg)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            model.log_scale.data.clamp_(max=math.log(100))  # T >= 0.01, as in OpenAI's CLIP
-            if step % 10 == 0:  # on a GPU, reading the loss waits for it
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            observe(run, step + 1, model, optimizer, data, quiet)
+    torch.set_flush_denormal(True)  # most of a softmax is below 1e-38, where CPUs are slow
+    joined = join_processes(device)
+    rank, world = rank_and_world()
+    require(cfg.batch % world == 0, f"--batch {cfg.batch} is no multiple of {world} processes")
+    data = prepare(data or load_data(cfg), cfg)
+    torch.manual_seed(cfg.seed)
+    model = (model or TwoEncoders(cfg, len(data.vocab or ()))).to(device)
+    optimizer = make_optimizer(model, cfg)
+    if run:
+        restore(run, cfg, data, model, optimizer)
+    else:
+        run = dict(cfg=cfg, vocab=data.vocab, source=data.source, history=[], snapshots={})
+        if cfg.remove_gap:
+            remove_initial_gap(model, *data.training.take(slice(2048)))
+        record(run, 0, model, optimizer, data, quiet)
+    forward = model if world == 1 else nn.parallel.DistributedDataParallel(model)
+    start = run["history"][-1]["step"] if run["history"] else 0
+    bar = tqdm(range(start, cfg.steps), cfg.name(), disable=quiet or rank > 0)
+    for step in bar:
+        batch = next_batch(data.training, step, cfg, device)
+        loss = train_step(model, forward, optimizer, batch, step, cfg)
+        if step % 10 == 0:  # on a GPU, reading the loss waits for it
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        record(run, step + 1, model, optimizer, data, quiet)
+    if joined:  # not after an error: the others may be waiting, and torchrun ends them
+        torch.distributed.destroy_process_group()
     return run["history"] if rank == 0 else []
 
 # PART TWO: THE MACHINERY ==========================================================================
 # -- 7. Scenes -------------------------------------------------------------------------------------
-# One or two coloured shapes and an exact caption: perfect pairs, though a batch may hold one twice.
+# One or two coloured shapes with an exact caption. A scene is a row of five numbers: colour and
+# shape of the first object, of the second, and the relation, which is -1 if there is no second.
 PALETTE = {"red": (.85, .10, .10), "green": (.10, .65, .15), "blue": (.15, .25, .90),
            "yellow": (.95, .90, .15), "purple": (.60, .15, .75), "cyan": (.15, .85, .90),
            "white": (1., 1., 1.), "black": (0., 0., 0.)}
 SHAPES = ["circle", "square", "triangle", "diamond", "cross", "ring"]
 RELATIONS = ["left of", "above"]  # with "right of", too, one scene would have two captions
-WORDS = [list(PALETTE), SHAPES, list(PALETTE), SHAPES, RELATIONS]  # what a scene's columns index
+WORDS = [list(PALETTE), SHAPES, list(PALETTE), SHAPES, RELATIONS]  # what each number stands for
 OBJECTS = torch.cartesian_prod(torch.arange(len(PALETTE)), torch.arange(len(SHAPES)))  # (48, 2)
-UNSEEN = OBJECTS[:, 0] % len(SHAPES) == OBJECTS[:, 1]  # one for each colour: never in training
-# Centres (x, y) of both objects, by kind: one alone, side by side, above; and how far they move
+# Colour k never has shape k % 6 in training: no red circle, green square, ..., black square.
+UNSEEN = OBJECTS[:, 0] % len(SHAPES) == OBJECTS[:, 1]
+# Centres (x, y) of both objects if alone, side by side, one above the other; how far they move
 PLACES = torch.tensor([[[.5, .5], [.5, .5]], [[.25, .5], [.75, .5]], [[.5, .25], [.5, .75]]])
 JITTER = torch.tensor([[.2, .2], [.04, .15], [.15, .04]])
 
-def masks(u, v):
-    """What is inside each of the SHAPES, for u to the right and v down, -1 to 1: (6, ...)."""
-    a, b = u.abs(), v.abs()
-    return torch.stack([u * u + v * v < 1, torch.maximum(a, b) < .85,
-                        (v < .85) & (2 * a - v < 1), 1.5 * a + b < 1.1,
+def shape_masks(right, down):
+    """Where each of the SHAPES is, (6, ...), at these coordinates from its centre, in radii."""
+    a, b = right.abs(), down.abs()
+    return torch.stack([right ** 2 + down ** 2 < 1, torch.maximum(a, b) < .85,
+                        (down < .85) & (2 * a - down < 1), 1.5 * a + b < 1.1,
                         (torch.minimum(a, b) < .3) & (torch.maximum(a, b) < 1),
-                        (u * u + v * v - .72).abs() < .28])
+                        (right ** 2 + down ** 2 - .72).abs() < .28])
 
 def describe(scenes):
-    """The captions of scenes (N, 5): colour, shape, colour, shape, relation (-1: one only)."""
+    """The captions of scenes (N, 5)."""
     captions = []
-    for scene in scenes.tolist():
-        words = [names[k] for names, k in zip(WORDS, scene)]
-        second = f" {words[4]} a {words[2]} {words[3]}" if scene[4] >= 0 else ""
-        captions.append(f"a {words[0]} {words[1]}{second}")
+    for colour, shape, colour2, shape2, relation in scenes.tolist():
+        caption = f"a {WORDS[0][colour]} {SHAPES[shape]}"
+        if relation >= 0:
+            caption += f" {RELATIONS[relation]} a {WORDS[2][colour2]} {SHAPES[shape2]}"
+        captions.append(caption)
     return captions
 
 def random_scenes(n, single):
@@ -593,15 +618,15 @@ def draw_scenes(scenes, size):
     palette, ticks = torch.tensor(list(PALETTE.values())), (torch.arange(size) + .5) / size
     images = []
     for part in scenes.split(256):  # small enough to stay in the processor's cache
-        n = len(part)
-        kind = part[:, 4] + 1  # 0 alone, 1 side by side, 2 one above the other
+        n, kind = len(part), part[:, 4] + 1  # 0: alone, 1: side by side, 2: one above the other
         centre = PLACES[kind] + JITTER[kind][:, None] * (2 * torch.rand(n, 2, 2) - 1)  # (n, 2, xy)
         radius = .2 + .03 * (2 * torch.rand(n, 2, 1, 1) - 1)
         image = .5 + .15 * (2 * torch.rand(n, 1, 1, 1) - 1)
         for k in (0, 1):
-            across, down = ((ticks - centre[:, k, :, None]) / radius[:, k]).unbind(1)  # (n, size)
-            inside = masks(across[:, None], down[..., None])[part[:, 2 * k + 1], torch.arange(n)]
-            inside &= (kind >= k)[:, None, None]  # (n, size, size)
+            offset = (ticks - centre[:, k, :, None]) / radius[:, k]  # (n, xy, size)
+            masks = shape_masks(offset[:, 0, None, :], offset[:, 1, :, None])  # (6, n, size, size)
+            inside = masks[part[:, 2 * k + 1], torch.arange(n)]
+            inside &= (kind >= k)[:, None, None]  # an object alone has no second
             colour = palette[part[:, 2 * k]] + .08 * torch.randn(n, 3)
             image = torch.where(inside[:, None], colour[..., None, None], image)
         noisy = image + .05 * torch.randn(image.shape)
@@ -609,191 +634,209 @@ def draw_scenes(scenes, size):
     return torch.cat(images)
 
 def scene_tasks(size, vocab, n=200):
-    """Zero-shot: single objects. Arithmetic: n scenes, each edited once in each word."""
-    single = F.pad(OBJECTS, (0, 3), value=-1)
-    labels = torch.arange(len(single)).repeat(20)
-    images = draw_scenes(single[labels], size)
+    """Zero-shot: 20 drawings of each object. Arithmetic: n scenes, each edited in each word."""
+    alone = torch.cat([OBJECTS, torch.tensor([[0, 0, -1]]).expand(len(OBJECTS), 3)], 1)  # (48, 5)
+    labels = torch.arange(len(alone)).repeat(20)
+    zero_shot = ZeroShot(draw_scenes(alone[labels], size), labels, UNSEEN[labels],
+                         tokenize(describe(alone), vocab))
     scenes = random_scenes(2 * n, 0.0)
     scenes = scenes[(scenes[:, :2] != scenes[:, 2:4]).all(1)][:n]  # a word then names one object
-    edited, old, new = scenes.repeat(len(WORDS), 1, 1), [], []  # (5, n, 5)
+    edited, old, new = [], [], []
     for k, names in enumerate(WORDS):
         change = torch.randint(1, len(names), (len(scenes),))
-        edited[k, :, k] = (scenes[:, k] + change) % len(names)
+        target = scenes.clone()
+        target[:, k] = (scenes[:, k] + change) % len(names)
+        edited.append(target)
         old += [names[i] for i in scenes[:, k]]
-        new += [names[i] for i in edited[k, :, k]]
-    edited = edited.flatten(0, 1)
+        new += [names[i] for i in target[:, k]]
+    edited = torch.cat(edited)  # (5 n, 5)
     pool, query = torch.cat([scenes, edited]), torch.arange(len(scenes)).repeat(len(WORDS))
     correct = (edited[:, None] == pool).all(2)  # equal scenes are equally right
-    prompts, old, new = (tokenize(texts, vocab) for texts in (describe(single), old, new))
-    return Tasks(images, labels, UNSEEN[labels], prompts, draw_scenes(pool, size), query, old, new,
-                 correct)
+    return zero_shot, Arithmetic(draw_scenes(pool, size), query, tokenize(old, vocab),
+                                 tokenize(new, vocab), correct)
 
 def scene_data(cfg):
-    """Scenes to train on, 2,000 to validate (new drawings, few new captions), and both tasks."""
+    """Scenes to train on and 2,000 held out (new drawings, few new captions), and both tasks."""
     torch.manual_seed(cfg.seed)
     n, size = cfg.limit or 20_000, cfg.image_size or 32
     scenes = random_scenes(n + min(2_000, n), single=0.1)
     captions = describe(scenes)
     vocab = make_vocab(captions[:n])
-    pairs = Pairs(draw_scenes(scenes, size), *tokens_and_groups(captions, vocab, 1))
-    return Data(pairs[:n], pairs[n:], vocab, scene_tasks(size, vocab))
+    images, texts = draw_scenes(scenes, size), tokenize(captions, vocab)[:, None]  # K = 1
+    return Data(Pairs(images[:n], texts[:n]), Pairs(images[n:], texts[n:]),
+                number_equal(captions[n:]), vocab, scene_tasks(size, vocab))
 
-# -- 8. Words, and photographs, decoded once into a cache that later runs map ----------------------
-# Python's \w lacks combining marks (most of Hindi's vowels); a Chinese sentence is a word to it.
-MARKS = "".join(c for c in map(chr, range(0x300, 0x1e000)) if unicodedata.category(c)[0] == "M")
-SINGLE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai ... Kana, Han
-WORD = re.compile(rf"[{SINGLE}]|(?:(?![{SINGLE}])[\w{MARKS}\u200c\u200d])+|[^\w\s]")
-
-@functools.lru_cache(2 ** 16)  # captions repeat, and each is read three times
-def words_of(text):
-    """The words of a text, in lower case, and its signs: "a dog's bowl." -> a dog ' s bowl ."""
-    return WORD.findall(unicodedata.normalize("NFC", text.lower()))
+# -- 8. Words, and photographs ---------------------------------------------------------------------
+def words_of(caption):
+    """Words and signs in lower case: "A dog's bowl." gives a dog ' s bowl ."""
+    return re.findall(r"\w+|[^\w\s]", caption.lower())
 
 def make_vocab(captions):
-    """{word: number} of the 10,000 most frequent words, after padding and unknown."""
-    counts = Counter(word for text in captions for word in words_of(text))
+    """{word: token} of the 10,000 most frequent words; tokens 0 and 1 are padding and unknown."""
+    counts = Counter(word for caption in captions for word in words_of(caption))
     known = sorted(word for word, _ in counts.most_common(10_000))
-    return {word: number for number, word in enumerate(["<pad>", "<unk>", *known])}
+    return {word: token for token, word in enumerate(["<pad>", "<unk>", *known])}
 
 def tokenize(captions, vocab):
-    """Tokens (len(captions), L), int32, of the first CONTEXT words, padded with 0."""
-    rows = ([vocab.get(word, 1) for word in words_of(text)[:CONTEXT]] for text in captions)
-    rows = [torch.tensor(row or [1], dtype=torch.int32) for row in rows]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    """Tokens (N, L), int32, of the first CONTEXT words of N captions, padded with 0."""
+    if isinstance(captions, str):
+        raise TypeError("captions must be a list of strings, not one string")
+    rows = [[vocab.get(word, 1) for word in words_of(text)[:CONTEXT]] or [1] for text in captions]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int32)
 
-def tokens_and_groups(captions, vocab, K):
-    """Of N K captions, tokens (N, K, L) and groups (N, K): numbers, equal for equal texts. (Equal
-    tokens do not prove equal texts: words may be unknown, or cut.)"""
-    groups = torch.tensor([hash(" ".join(words_of(text))) for text in captions])
-    return [part.unflatten(0, (-1, K)) for part in (tokenize(captions, vocab), groups)]
+def number_equal(captions):
+    """A number for each caption, (N,), equal for captions with the same words."""
+    numbers = {}
+    return torch.tensor([numbers.setdefault(" ".join(words_of(text)), len(numbers))
+                         for text in captions])
 
 def read_coco(file):
-    """[(path, caption)] of MS-COCO's JSON file, the caption None for an image without one."""
+    """{path: captions} of the pictures in MS-COCO's JSON file."""
     content = json.loads(file.read_bytes())
-    folder = file.parents[1] / file.stem.removeprefix("captions_")
-    paths = {image["id"]: folder / image["file_name"] for image in content["images"]}
-    return [(path, None) for path in paths.values()] + [
-        (paths.get(note["image_id"], folder / f"(image {note['image_id']})"), note["caption"])
-        for note in content["annotations"]]
+    folder, paths, captions = file.parents[1] / file.stem.removeprefix("captions_"), {}, {}
+    for image in content["images"]:
+        require(image["id"] not in paths, f"{file}: two images have the id {image['id']!r}")
+        paths[image["id"]] = folder / image["file_name"]
+        captions[paths[image["id"]]] = []
+    for note in content["annotations"]:
+        if note["image_id"] in paths:  # a part of COCO may have kept the annotations of all
+            captions[paths[note["image_id"]]].append(note["caption"])
+    require(any(captions.values()), f"{file}: no image_id of an annotation is the id of an image "
+                                    "(an id that is a number is not equal to one that is text)")
+    return captions
 
 def read_csv(file):
-    """[(path, caption)] of a CSV file, whose paths are relative to it."""
-    rows, line = [], 1
+    """{path: captions} of a CSV file, whose paths are relative to it."""
+    captions = defaultdict(list)
+    csv.field_size_limit(2 ** 30)
     with open(file, newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines, strict=True)  # a quote that is never closed is an error
-        try:
-            if not {"image", "caption"} <= set(reader.fieldnames or []):
-                raise csv.Error(f"the header must be image,caption, not {reader.fieldnames}")
-            line = reader.line_num + 1
-            for row in reader:
-                if None in row or not row["image"]:
-                    raise csv.Error("fields unlike the header's: is a comma not in quotes?")
-                rows.append((file.parent / row["image"], row["caption"]))
-                line = reader.line_num + 1
-        except (csv.Error, UnicodeError) as error:
-            raise UserError(f"{file}, in the row that starts in line {line}: {error}") from None
-    return rows
+        header = reader.fieldnames or []
+        require(header.count("image") == header.count("caption") == 1,
+                f"{file}: the header must be image,caption, each once, not {header}")
+        for row in reader:
+            require(None not in row and None not in row.values(), f"{file}, line {reader.line_num} "
+                    "has fields unlike the header's: is a comma not in quotes?")
+            if any(row.values()):  # spreadsheets may end in rows of commas
+                captions[file.parent / row["image"]].append(row["caption"])
+    return captions
 
-def read_pictures(path):
-    """{split: {path: [captions]}} of train and val, or a tenth of train; and a list of faults."""
-    read, files = read_csv, {"train": path}
-    if path.is_dir():  # of several years the latest: their splits overlap
-        file = max(path.glob("annotations/captions_train20??.json"), default=None)
-        require(file, f"{path} has no annotations/captions_train20xx.json")
-        held_out = file.with_name(file.name.replace("train", "val"))
-        read, files = read_coco, {"train": file} | ({"val": held_out} if held_out.exists() else {})
-    pictures, missing = {"train": {}, "val": {}}, set()
-    for split, file in files.items():
+def read_pictures(cfg, faults):
+    """[pictures to train on, pictures held out], each {path: five captions}, some repeated if there
+    are fewer. faults gets {path: why} of the pictures that cannot be used."""
+    path, read, splits = Path(cfg.data), read_csv, [{}, {}]
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("annotations/captions_train20??.json"))[-1:]  # the latest year
+        require(files, f"{path} has no annotations/captions_train20xx.json")
+        validation = files[0].with_name(files[0].name.replace("train", "val"))
+        files, read = files + [validation] * validation.exists(), read_coco
+    for usable, file in zip(splits, files):
         try:
-            rows = read(file)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            fault = f"{type(error).__name__}: {error}"
-            raise UserError(f"{file} is not like MS-COCO's: {fault}") from None
-        captions = defaultdict(list)
-        for image, caption in rows:
-            captions[image].append(caption)
-        missing |= {image for image in captions if not image.exists()}
-        pictures[split] = {image: captions[image] for image in captions if image not in missing}
-    train, val = pictures.values()
-    require(train, f"{path}: no picture exists, such as {min(missing, default='')}")
-    val = val or {image: train.pop(image) for image in list(train)[::10]}
-    return {"train": train, "val": val}, [f"{image}: no such file" for image in sorted(missing)]
+            pictures = read(file)
+        except (csv.Error, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+        for image, captions in pictures.items():
+            texts = [text for text in captions if isinstance(text, str) and re.search(r"\w", text)]
+            if texts and os.path.exists(image):
+                usable[image] = [texts[k % len(texts)] for k in range(5)]
+            else:
+                faults[image] = "no such file" if texts else "no caption with a word"
+    training, held_out = splits
+    if not held_out:  # a tenth, drawn at random, since lists are often sorted
+        paths = list(training)
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
+        held_out = {paths[k]: training.pop(paths[k]) for k in order[:len(paths) // 10]}
+    return [dict(list(split.items())[:cfg.limit or None]) for split in (training, held_out)]
 
 def load_photo(path, size):
-    """The picture, upright, on white, cropped to a square: (3, size, size) uint8."""
+    """The picture, upright, on white, cropped to a square: (3, size, size) uint8. Raises ValueError
+    for channels of more than 8 bits, as it is not known which value is white."""
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
     with Image.open(path) as image:
+        if image.mode[0] in "IF":
+            raise ValueError(f"mode {image.mode} has no known range: save it with 8 bits")
         image.draft(None, (2 * size, 2 * size))  # decodes a JPEG no larger than this needs
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # 0 to 65,535, which `convert` would cut at 255
-        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range: save it with 8 bits")
     image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.Resampling.BICUBIC)
     white = Image.new("RGBA", image.size, "white")
     return pil_to_tensor(Image.alpha_composite(white, image).convert("RGB"))
 
-def load_pair(path, captions, size):
-    """(image, five captions), or a text that says why they are left out."""
-    texts = [text for text in captions if isinstance(text, str) and re.search(r"\w", text)]
-    if not texts:
-        return f"{path}: no caption with a word in it"
-    try:
-        return load_photo(path, size), [texts[k % len(texts)] for k in range(5)]
-    except Exception as error:  # a broken file may raise anything
-        return f"{path}: {error}"
+def decode(paths, size):
+    """For the cache: the images (n, 3, size, size) that can be read, {number of its path: why not}
+    of the others, and the numbers of those that are of a single colour."""
+    from tqdm.contrib.concurrent import thread_map  # Pillow decodes without the GIL
+    images, faults = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8), {}
+    def load(k):
+        try:
+            images[k] = load_photo(paths[k], size)
+        except Exception as error:  # a broken file may raise anything
+            faults[k] = f"{type(error).__name__}: {error}"
+    thread_map(load, range(len(paths)), desc="decoding")
+    good = [k for k in range(len(paths)) if k not in faults]
+    plain = [k for k in good if (images[k] == images[k, :, :1, :1]).all()]
+    return {"images": images[good] if faults else images, "faults": faults, "plain": plain}
 
-def decode(pictures, faults, limit, size):
-    """For the cache: {split: (images, tokens, group)}, vocab, faults, and unread, the share of
-    held-out captions with unknown words or cut ones."""
-    content = {}
-    for split, captions in pictures.items():
-        items = list(captions.items())[:limit or None]
-        with ThreadPoolExecutor() as pool:  # Pillow decodes without the GIL
-            loaded = pool.map(lambda item: load_pair(*item, size), items)
-            loaded = list(tqdm(loaded, f"decoding {split}", len(items)))
-        faults = faults + [fault for fault in loaded if isinstance(fault, str)]
-        loaded = [pair for pair in loaded if not isinstance(pair, str)]
-        require(loaded, f"none of {len(items)} pictures can be used: {'; '.join(faults[-1:])}")
-        images, texts = zip(*loaded)
-        texts = list(chain(*texts))
-        if split == "train":
-            vocab = make_vocab(texts)
-        content[split] = (torch.stack(images), *tokens_and_groups(texts, vocab, 5))
-    unread = [len(words) > CONTEXT or any(word not in vocab for word in words)
-              for words in map(words_of, texts)]  # of val, which comes last
-    return content | {"vocab": vocab, "faults": faults, "unread": sum(unread) / len(unread)}
+def hash_of(*facts):
+    """A short hash of what repr says of the facts."""
+    return hashlib.sha256(repr(facts).encode(errors="backslashreplace")).hexdigest()[:16]
 
-def photo_data(cfg):
-    """Photographs with their captions, from the cache or decoded into it."""
-    path, size = Path(cfg.data), cfg.image_size or 64
-    pictures, faults = read_pictures(path)
-    # The cache's name is a hash of all that decides what is in it: a stale one is never found.
-    dates = [os.path.getmtime(image) for image in chain(*pictures.values())]
-    facts = repr((__version__, size, cfg.limit, pictures, faults, dates)).encode()
-    cache = Path(cfg.cache) / f"{path.stem}-{hashlib.sha256(facts).hexdigest()}.pt"
-    rank, world = rank_and_world()
+def load_decoded(paths, cfg):
+    """What decode makes of these pictures, from the cache or into it. The cache's name is a hash of
+    all that decides its content, so that an outdated one is not found."""
+    size, stats = cfg.image_size or 64, [path.stat() for path in paths]
+    files = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+             for path, stat in zip(paths, stats)]
+    name = f"{Path(cfg.data).stem}-{hash_of(size, inspect.getsource(load_photo), files)}.pt"
+    cache, (rank, world) = Path(cfg.cache, name), rank_and_world()
     if rank == 0 and not cache.exists():
-        save_whole(decode(pictures, faults, cfg.limit, size), cache)
+        save_whole(decode(paths, size), cache)
     if world > 1:
         torch.distributed.barrier()  # the first process makes the cache, the others find it
     try:
-        found = torch.load(cache, weights_only=True, mmap=True)
+        return torch.load(cache, weights_only=True, mmap=True)
     except (RuntimeError, OSError) as error:
         raise UserError(f"{cache} cannot be read; delete it if it is damaged: {error}") from None
-    faults, n = found["faults"], sum(map(len, pictures.values()))
-    if rank == 0 and faults:
-        cache.with_suffix(".txt").write_text("\n".join(faults) + "\n", encoding="utf-8")
-        print(f"warning: {len(faults)} left out, with {n} pictures found: {'; '.join(faults[:3])}; "
-              f"all in {cache.with_suffix('.txt')}", file=sys.stderr)
-    if rank == 0 and found["unread"] > 0.05:
-        print(f"warning: {found['unread']:.0%} of held-out captions have words that training has "
-              f"not, or more than {CONTEXT}: the model cannot read all of them", file=sys.stderr)
-    return Data(Pairs(*found["train"]), Pairs(*found["val"]), found["vocab"], None)
+
+def photo_data(cfg):
+    """Photographs with five captions each. Their pixels come from the cache; their captions are
+    read anew, so that a change of words_of or make_vocab counts."""
+    faults = {}
+    splits = read_pictures(cfg, faults)
+    paths = [path for split in splits for path in split]
+    stored = load_decoded(paths, cfg) if all(splits) else {"faults": {}, "plain": []}
+    n = len(paths) + len(faults)
+    faults |= {paths[k]: why for k, why in stored["faults"].items()}
+    plain = [paths[k] for k in stored["plain"]]
+    named = [f"{path}: {why}" for path, why in faults.items()]
+    warn(named, f"{len(named)} of {n} pictures are left out", named)
+    warn(plain, f"{len(plain)} of {n} pictures are of a single colour", plain)
+    splits = [{path: split[path] for path in split if path not in faults} for split in splits]
+    require(all(splits), f"{cfg.data} has too few pictures that can be used")
+    training, held_out = ([text for texts in split.values() for text in texts] for split in splits)
+    vocab, group = make_vocab(training), number_equal(held_out[::5])
+    unread = sum(len(words) > CONTEXT or any(word not in vocab for word in words)
+                 for words in map(words_of, held_out)) / len(held_out)
+    warn(unread > 0.05, f"{unread:.0%} of held-out captions have words that training has not, or "
+                        f"more than {CONTEXT}: the model cannot read all of them")
+    equal = group.bincount().max().item() / len(group)
+    warn(equal > 0.5, f"{equal:.0%} of held-out images have one caption, which any model finds")
+    n = len(splits[0])
+    texts = [tokenize(captions, vocab).unflatten(0, (-1, 5)) for captions in (training, held_out)]
+    source = hash_of([(path.name, texts) for split in splits for path, texts in split.items()])
+    return Data(Pairs(stored["images"][:n], texts[0]), Pairs(stored["images"][n:], texts[1]),
+                group, vocab, None, source)
+
+def warn(fact, message, examples=()):
+    """If the fact holds, the first process prints a line about it."""
+    if fact and rank_and_world()[0] == 0:
+        names = "".join(f"; {str(text)[:200]}" for text in examples[:3])
+        print(f"warning: {message}{names}", file=sys.stderr)
 
 def load_data(cfg):
-    """The Data that cfg names. Raises UserError where they cannot be used."""
+    """The Data that cfg names. Raises UserError if they cannot be used."""
     return scene_data(cfg) if cfg.data == "synthetic" else photo_data(cfg)
 
 # -- 9. Devices and processes ----------------------------------------------------------------------
@@ -804,25 +847,24 @@ def find_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"  # as torchrun numbers its processes
     try:
-        return torch.ones(1, device=name).cpu().to(name).device
+        torch.ones(1, device=name).cpu()
+        return torch.device(name)
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"device {name} cannot be used here: {torch.cuda.device_count()} GPUs, and "
                         "each process needs one of its own; try --device cpu") from None
 
-@contextmanager
-def process_group(device):
-    """Within, this process is one of those that torchrun has started, if it has. (After an error
-    it does not leave: the others may be waiting, and torchrun ends them.)"""
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-    joining = several and not torch.distributed.is_initialized()
-    if joining:  # patiently, as the first may decode for long
-        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        if gpu:
-            torch.cuda.set_device(gpu)  # else each process also opens the first GPU
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1), device_id=gpu)
-    yield
-    if joining:
-        torch.distributed.destroy_process_group()
+def join_processes(device):
+    """Become one of the processes that torchrun has started. Returns False if there is no need."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or torch.distributed.is_initialized():
+        return False
+    require("RANK" in os.environ and "MASTER_ADDR" in os.environ,
+            "WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it")
+    backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    if gpu:
+        torch.cuda.set_device(gpu)  # else each process also opens the first GPU
+    patience = timedelta(days=1)  # the first process may decode for long
+    torch.distributed.init_process_group(backend, timeout=patience, device_id=gpu)
+    return True
 
 def rank_and_world():
     """This process's number and how many there are: (0, 1) if it is alone."""
@@ -831,8 +873,9 @@ def rank_and_world():
     return 0, 1
 
 def gather(rows):
-    """The rows (n, D) of all processes, (world * n, D). all_gather gives constants, through which
-    nothing trains; here one's own have a gradient, times `world`, as DDP takes the mean of all."""
+    """The rows (n, D) of all processes, (world * n, D); n must be the same in all, unchecked. As
+    all_gather gives constants, one's own rows are put back, with a gradient that is `world` times
+    as large, because DistributedDataParallel takes the mean over processes."""
     rank, world = rank_and_world()
     if world == 1:
         return rows
@@ -841,51 +884,50 @@ def gather(rows):
     parts[rank] = rows + (world - 1) * (rows - rows.detach())  # the value of rows
     return torch.cat(parts)
 
-def at_hand(pairs, device):
-    """Pairs in a GPU's memory, for quick batches, if they fill at most half of what is free."""
-    size = pairs.images.nbytes + pairs.texts.nbytes
-    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
-        return pairs
-    return replace(pairs, images=pairs.images.to(device), texts=pairs.texts.to(device))
-
-def compiled(model, cfg, device):
-    """The callable for (images, texts) and the one for the loss: compiled, if cfg says so."""
-    one_process, loss_of = rank_and_world()[1] == 1, cgap_loss
-    if cfg.compile:
-        # On a GPU with recorded graphs: small encoders mostly wait for calls to be issued.
-        mode = "reduce-overhead" if device.type == "cuda" and one_process else "default"
-        try:
-            torch.compile(torch.sin)(torch.ones(2, device=device))
-        except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"--compile finds no working compiler here: {reason}") from None
-        model.compile(mode=mode)
-        loss_of = torch.compile(cgap_loss, mode=mode)
-    return model if one_process else nn.parallel.DistributedDataParallel(model), loss_of
-
 # -- 10. Runs --------------------------------------------------------------------------------------
 # A folder with metrics.jsonl (a line for each evaluation), checkpoint.pt and figures. In memory a
-# dict: cfg, vocab, history, snapshots {step: (2, 256, dim) embeddings of images and texts}.
-def settled(cfg, resume=False):
-    """cfg, checked, with a folder, which must be new, and absolute paths to data, so that one can
-    resume from anywhere."""
-    cfg.check()
-    out = str(cfg.out) or f"runs/{datetime.now():%Y%m%d-%H%M%S.%f}-{cfg.name()}-seed{cfg.seed}"
-    first = not int(os.environ.get("RANK") or 0)  # of several processes, the one that writes
-    require(resume or not first or not os.path.exists(out),
+# dict: cfg, vocab, source, history, snapshots {step: (2, 256, dim) embeddings of held-out pairs}.
+def default_out(cfg):
+    """A new name of a folder for a run."""
+    return f"runs/{datetime.now():%Y%m%d-%H%M%S.%f}-{cfg.name()}-seed{cfg.seed}"
+
+def resolve(cfg, is_new):
+    """cfg with a folder, which must be new, and absolute paths, so that one can resume anywhere."""
+    out, cache = cfg.out or default_out(cfg), os.path.expanduser(cfg.cache)
+    is_first = not int(os.environ.get("RANK") or 0)  # of several processes, the one that writes
+    require(not (is_new and is_first and os.path.exists(out)),
             f"--out {out} exists: name another, or --resume it")
-    data = "synthetic" if cfg.data == "synthetic" else os.path.abspath(cfg.data)
-    return replace(cfg, data=data, cache=os.path.abspath(os.path.expanduser(cfg.cache)), out=out)
+    for folder in (out, cache):  # found here, before any long work
+        nearest = Path(folder).absolute()
+        while not os.path.exists(nearest):
+            nearest = nearest.parent
+        require(nearest.is_dir() and os.access(nearest, os.W_OK) and folder[0] != "~",
+                f"{folder} cannot be made: is {nearest} a folder that you can write to?")
+    data = cfg.data if cfg.data == "synthetic" else os.path.abspath(cfg.data)
+    return replace(cfg, data=data, cache=os.path.abspath(cache), out=out)
 
 def save_whole(content, path):
-    """torch.save, so that path never holds half a file."""
+    """torch.save, so that path never holds half a file. If this process is killed, its draft is
+    removed by the next one that saves to the same path (on Linux)."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for draft in path.parent.glob(f"{path.name}.*.tmp"):
+        if Path("/proc/self").exists() and not Path("/proc", draft.suffixes[-2][1:]).exists():
+            draft.unlink(missing_ok=True)
     draft = Path(f"{path}.{os.getpid()}.tmp")
     try:
         torch.save(content, draft)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+def save_run(run, model, optimizer):
+    """Write metrics.jsonl and checkpoint.pt into the run's folder, which its first save makes."""
+    folder = Path(run["cfg"].out)
+    folder.mkdir(parents=True, exist_ok=len(run["history"]) > 1)  # fails if another run was first
+    lines = "\n".join(map(json.dumps, run["history"]))
+    Path(folder, "metrics.jsonl").write_text(lines + "\n")
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save_whole(run | states | {"cfg": asdict(run["cfg"])}, Path(folder, "checkpoint.pt"))
 
 def load_run(folder):
     """The run in a folder. Raises UserError if there is none."""
@@ -896,6 +938,22 @@ def load_run(folder):
     except Exception as error:  # whatever a missing, broken or foreign file may raise
         raise UserError(f"{path} is no checkpoint of this cgap ({type(error).__name__})") from None
 
+def restore(run, cfg, data, model, optimizer):
+    """Put a loaded run's weights in place. Raises UserError if it was trained on other data."""
+    require((run["vocab"], run.get("source")) == (data.vocab, data.source),
+            f"{cfg.out} was trained on other pictures or captions than {cfg.data} has now")
+    model.load_state_dict(run.pop("model"))
+    optimizer.load_state_dict(run.pop("optimizer"))
+    run["cfg"] = cfg
+
+def resume(folder, model=None, data=None, quiet=False, moved=None):
+    """Go on with the run in a folder from its last evaluation, with its own settings; returns the
+    whole history. moved: what may have changed: {"device": ...}, or "data" and "cache" if the same
+    pictures lie elsewhere. Data with other file names or captions are refused with a UserError;
+    other pixels under the same names are not noticed, nor other data or models of your own."""
+    run = load_run(folder)
+    return train(replace(run["cfg"], **moved or {}), model, data, quiet, run)
+
 def load_model(folder):
     """The TwoEncoders of a run, on the CPU, for `encode`, and its vocab, for `tokenize`."""
     run = load_run(folder)
@@ -904,87 +962,68 @@ def load_model(folder):
     model.load_state_dict(run["model"])
     return model, run["vocab"]
 
-def check_model(model, data, cfg):
-    """Raise UserError for a model of one's own that train cannot use."""
-    encoders = [getattr(model, name, None) for name in ("image", "text")]
-    ends = [getattr(encoder, "projection", None) for encoder in encoders]
-    require(hasattr(model, "log_scale") and all(isinstance(end, nn.Linear) for end in ends),
-            "your model lacks log_scale, image.projection or text.projection: see train.__doc__")
-    require(not (cfg.center or cfg.remove_gap) or all(end.bias is not None for end in ends),
-            "--center and --remove-gap need projections with a bias")
-    shapes = [tuple(encode(encoder, inputs).shape)
-              for encoder, inputs in zip(encoders, data.val.batch(slice(2)))]
-    require(shapes[0] == shapes[1] and len(shapes[0]) == 2,
-            f"encoders must give (B, D), one D for both, not {shapes}")
+# -- 11. Figures -----------------------------------------------------------------------------------
+# {metric: (what it says, in a few words; the ends of its axis)}
+PANELS = {"linear_separability": ("separability (0.5: no gap)", (0.4, 1.02)),
+          "centroid_distance": ("centroid distance", (0, None)),
+          "spread": ("spread (0: a point)", (0, 1.05)),
+          "overlap": ("overlap of directions", (0, 1.05)),
+          "i2t_r1": ("R@1: image finds its caption", (0, 1.05)),
+          "mixed_i2t": ("mixed search: the same in a joint index", (0, 1.05)),
+          "unif": ("uniformity (lower: more uniform)", (None, 0)),
+          "train_loss": ("loss of training pairs", (None, None))}
 
-def open_run(cfg, data, model, optimizer, resume):
-    """A new run in a new folder or, to resume, that in cfg.out, with its weights put in place."""
-    rank, world = rank_and_world()
-    require(cfg.batch % world == 0, f"batch {cfg.batch} cannot be split over {world} processes")
-    if resume:
-        run = load_run(cfg.out)
-        require(run["vocab"] == data.vocab,
-                f"{cfg.out} was trained on other words than {cfg.data} has now")
-        model.load_state_dict(run["model"])
-        optimizer.load_state_dict(run["optimizer"])
-        return run | {"cfg": cfg}
-    if rank == 0:
-        os.makedirs(cfg.out)  # fails if another run is first
-    return {"cfg": cfg, "vocab": data.vocab, "history": [], "snapshots": {}}
-
-# -- 11. Figures, drawn from what runs have kept ---------------------------------------------------
 def canvas(rows, columns, size=3.8):
-    """A matplotlib figure and its panels, an array (rows, columns)."""
+    """A matplotlib figure and its panels, an array (rows, columns). No window is opened."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 def plot_metrics(histories, path):
-    """A panel for each of eight metrics, a line for each of {name: history}."""
-    shown = ("linear_separability", "spread", "overlap", "i2t_r1", "mixed_i2t",  # of 0 to 1
-             "centroid_distance", "unif", "train_loss")
+    """A panel for each of PANELS, a line for each of {name: history}, as train returns it."""
     figure, axes = canvas(2, 4)
-    for axis, metric in zip(axes.flat, shown):
+    for axis, (metric, (title, ends)) in zip(axes.flat, PANELS.items()):
         for name, history in histories.items():
             steps = [record["step"] for record in history]
             axis.plot(steps, [record[metric] for record in history], "o-", ms=3, label=name)
-        axis.set(xlabel="training step", title=metric.replace("_", " "), xlim=(0, None),
-                 ylim=(0, 1.05) if metric in shown[:5] else None)
+        axis.set(xlabel="training step", title=title, xlim=(0, None), ylim=ends)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path)
 
-def draw_clouds(axis, both, title):
-    """Images and texts (2, n, D) in the plane of 0 and both means, from one mean to the other
-    across, and grey lines between some pairs. Lengths are true: all is in the unit circle."""
+def draw_clouds(axis, clouds, title):
+    """Images and captions (2, n, D) in the plane through 0 and both means, seen so that the line
+    between the means is horizontal, and lines between some pairs. All vectors have length 1: a
+    point near the centre points out of the plane."""
     from matplotlib.collections import LineCollection
     from matplotlib.patches import Circle
-    x, y = both.float().mean(1)
+    x, y = clouds.float().mean(1)
     across = F.normalize(y - x, dim=0)
     up = F.normalize(x + y - (x + y) @ across * across, dim=0)
-    points = (both.float() @ torch.stack([across, up], 1)).numpy()  # (2, n, 2)
+    points = (clouds.float() @ torch.stack([across, up], 1)).numpy()  # (2, n, 2)
     axis.clear()
     axis.add_patch(Circle((0, 0), 1, fill=False, color="0.7"))
     lines = points[:, :100].transpose(1, 0, 2)  # one collection is drawn quicker than each line
     axis.add_collection(LineCollection(lines, colors="0.8", linewidths=0.5))
-    for cloud, marker, name in zip(points, "o^", ("images", "texts")):
+    for cloud, marker, name in zip(points, "o^", ("images", "captions")):
         axis.plot(*cloud.T, marker, ms=2.5, label=name)
     axis.set(aspect="equal", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[])
     axis.set_title(title, fontsize=9)
+    axis.set_xlabel("centre: pointing out of this plane", fontsize=7)
 
 def plot_clouds(rows, path):
-    """Five moments of training of each of {name: {step: embeddings (2, n, D)}}, a row each."""
+    """Five moments of training of each of {name: {step: clouds (2, n, D)}}, a row each."""
     figure, axes = canvas(len(rows), 5, 2.5)
     for row, (name, clouds) in zip(axes, rows.items()):
-        steps = list(clouds)
-        early = [steps[min(k, len(steps) - 1)] for k in (0, 3, 5, 7)]  # when most happens
-        for axis, step in zip(row, [*early, steps[-1]]):
-            separability = linear_separability(*clouds[step])
-            draw_clouds(axis, clouds[step], f"step {step}: separability {separability:.2f}")
+        last = len(clouds) - 1
+        for axis, k in zip(row, (0, last // 10, last // 4, last // 2, last)):  # more early ones
+            step, both = list(clouds.items())[k]
+            draw_clouds(axis, both, f"step {step}: separability {linear_separability(*both):.2f}")
         row[0].set_ylabel(name)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path)
 
 def animate(rows, path):
-    """All of training of {name: {step: embeddings (2, n, D)}}, side by side, as a GIF."""
+    """All of training of {name: {step: clouds (2, n, D)}}, side by side, as a GIF."""
     from matplotlib.animation import FuncAnimation
     figure, axes = canvas(1, len(rows))
     def frame(k):
@@ -992,86 +1031,99 @@ def animate(rows, path):
             step, both = list(clouds.items())[min(k, len(clouds) - 1)]
             draw_clouds(axis, both, f"{name}\nstep {step}")
     frame(0)
-    legend = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=2)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not for each frame
     frames = max(map(len, rows.values())) + 5  # it rests at the end
     FuncAnimation(figure, frame, frames).save(path, "pillow", dpi=80)
 
 def plot_runs(folders, out):
-    """All figures of one run or several, into the folder `out`."""
+    """All figures of one run or several, into the folder `out`; clouds of the first six only."""
     runs = {}
-    for run in map(load_run, folders):
-        label = f"{run['cfg'].name()}, T = {run['cfg'].temperature:g}, seed {run['cfg'].seed}"
-        runs[label if label not in runs else f"{label} ({run['cfg'].out})"] = run
-    snapshots = {label: run["snapshots"] for label, run in runs.items()}
+    for folder in folders:
+        run = load_run(folder)
+        T = run["history"][-1]["temperature"]
+        label = f"{run['cfg'].name()}, T = {T:.2g}, seed {run['cfg'].seed}"
+        runs[label if label not in runs else f"{label} ({folder})"] = run
+    clouds = {label: run["snapshots"] for label, run in list(runs.items())[:6]}
     os.makedirs(out, exist_ok=True)
     plot_metrics({label: run["history"] for label, run in runs.items()}, f"{out}/gap.png")
-    plot_clouds(snapshots, f"{out}/embeddings.png")
-    animate(snapshots, f"{out}/embeddings.gif")
+    plot_clouds(clouds, f"{out}/embeddings.png")
+    animate(clouds, f"{out}/embeddings.gif")
     print(f"{out}: gap.png, embeddings.png, embeddings.gif")
 
 # -- 12. The command line --------------------------------------------------------------------------
-POINTS_FLAGS = {"temperature", "dim", "seed", "steps", "mismatch", "out"}
+# What the three modes take beside their own flag
+MODES = {"points": {"temperature", "dim", "seed", "steps", "mismatch", "out"},
+         "plot": {"out"}, "resume": {"device", "data", "cache"}}
 
 def run_points(out="runs/points", **settings):
     """Run the smallest gap in four ways, print how each ends and draw them."""
     torch.set_num_threads(1)  # so little work is not worth sharing
     torch.set_flush_denormal(True)
     shown = ["linear_separability", "centroid_distance", "spread", "overlap", "mixed_i2t"]
-    print(f"{'at the end':22}", *shown)
+    ways = {"points alone": {"offset_lr": 0}, "with offsets": {},
+            "with offsets, T = 0.2": {"temperature": 0.2},
+            "with offsets, both terms": {"unif": 1, "align": 1}}
     rows = {}
-    for name, changes in (("points alone", {"offset": 0}), ("with offsets", {}),
-                          ("... warm, T = 0.2", {"temperature": 0.2}),
-                          ("... with two terms", {"unif": 1, "align": 1})):
+    print(f"{'at the end':26}", *shown)
+    for name, changes in ways.items():
         history, rows[name] = smallest_gap(**(settings | changes))
-        print(f"{name:22}", *(f"{history[-1][metric]:{len(metric)}.3f}" for metric in shown))
+        print(f"{name:26}", *(f"{history[-1][metric]:{len(metric)}.3f}" for metric in shown))
     os.makedirs(out, exist_ok=True)
     plot_clouds(rows, f"{out}/points.png")
     print(f"{out}/points.png")
 
+def train_command(folder, settings):
+    """Train a new run or, if a folder is given, resume it; print how it began and how it ended, and
+    draw its figures."""
+    out = folder or settings.setdefault("out", default_out(Config(**settings)))
+    try:
+        history = resume(folder, moved=settings) if folder else train(Config(**settings))
+        if history:  # of several processes, only the first has one
+            print(f"\nmeasured on held-out pairs, except for train_...\n{'start':>34}{'end':>10}")
+            for name, value in history[-1].items():
+                print(f"{name:24}{history[0][name]:10.3f}{value:10.3f}")
+            plot_runs([out], out)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: if training had begun, --resume {out} goes on", file=sys.stderr)
+        sys.exit(130)
+
 def run_command(given):
     """Do what the flags say: a dict of those that were given."""
-    useful = {"points": POINTS_FLAGS, "plot": {"out"}, "resume": {"device"}}
-    for mode in set(useful) & set(given):
-        idle = [f"--{name}" for name in given.keys() - useful[mode] - {mode}]
-        require(not idle, f"{' '.join(idle)} does nothing with --{mode}: leave it out")
+    for mode, takes in MODES.items():
+        others = [f"--{name}" for name in given.keys() - takes - {mode}]
+        require(mode not in given or not others,
+                f"{' '.join(others)} does nothing with --{mode}: leave it out")
     if given.pop("points", False):
-        Config(**given).check()
-        return run_points(**given)
-    if "plot" in given:
-        return plot_runs(given["plot"], given.get("out", "runs/plot"))
-    folder = given.pop("resume", None)
-    cfg = replace(load_run(folder)["cfg"], **given) if folder else settled(Config(**given))
-    try:
-        history = train(cfg, resume=bool(folder))
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: if training had begun, --resume {cfg.out} goes on", file=sys.stderr)
-        sys.exit(130)
-    if history:  # of several processes, only the first has one
-        print(f"\n{cfg.name()}, T = {cfg.temperature:g}, seed {cfg.seed}; all but train_... is of "
-              f"held-out pairs\n{'start':>34}{'end':>10}")
-        for name in list(history[-1])[1:]:  # all but the step
-            print(f"{name:24}{history[0][name]:10.3f}{history[-1][name]:10.3f}")
-        plot_runs([cfg.out], cfg.out)
+        Config(**given)  # checks the settings
+        run_points(**given)
+    elif "plot" in given:
+        runs = [folder for folder in given["plot"] if Path(folder, "checkpoint.pt").exists()]
+        for folder in sorted(set(given["plot"]) - set(runs)):
+            print(f"left out: {folder} has no checkpoint.pt", file=sys.stderr)
+        require(runs, "--plot: none of these is a run")
+        plot_runs(runs, given.get("out", "runs/plot"))
+    else:
+        train_command(given.pop("resume", None), given)
 
 def main(argv=None):
     """Run the command line."""
-    example = "example: python cgap.py --unif 1 --align 1 --temperature 0.1 --mismatch 0.2"
+    os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever a notebook has set
     parser = argparse.ArgumentParser(
-        prog="cgap.py", usage=argparse.SUPPRESS, description=__doc__.split("\n")[0], epilog=example,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    takes = " --".join(sorted(POINTS_FLAGS))
+        prog="cgap.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False, description="The contrastive gap: watch it open, and close it.",
+        epilog="example: python cgap.py --unif 1 --align 1 --temperature 0.1 --mismatch 0.2")
+    takes = {mode: "takes --" + " --".join(sorted(flags)) for mode, flags in MODES.items()}
     parser.add_argument("--points", action="store_true",
-                        help=f"the smallest gap: no encoders; takes --{takes}")
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run; takes --device")
-    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs as one; takes --out")
+                        help="the smallest gap: no encoders; " + takes["points"])
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run; " + takes["resume"])
+    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs; " + takes["plot"])
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
         default = "" if f.type is bool or f.default == "" else f" (default: {f.default})"
-        text = (f.metadata["help"] + default).replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, help=f.metadata["help"] + default, **kind)
     try:
         run_command(vars(parser.parse_args(argv)))
     except (UserError, OSError) as error:
