@@ -5,15 +5,7 @@ CLIP trains two encoders so that an image and its caption become nearby points o
 trained model, however, all images lie in one region of the sphere and all captions in another.
 "It's Not a Modality Gap" (Fahim, Murphy, Fyshe, arXiv 2405.18570) finds this gap under the
 contrastive loss even if both encoders see the same images, and closes it with two more terms.
-README.md has the commands.
-
-Part one, the paper                          Part two, the machinery
-  1. The loss, to copy                         7. Scenes: drawings with exact captions
-  2. Measuring the gap                         8. Words, and photographs: COCO or a CSV file
-  3. The smallest gap: points, no encoders     9. Devices and processes
-  4. Two small encoders                       10. Runs: folders, checkpoints, models to use
-  5. Settings and data                        11. Figures
-  6. Training and evaluation                  12. The command line
+README.md has the commands. Sections 1 to 6 are the paper, 7 to 12 the machinery.
 """
 import argparse, csv, functools, hashlib, inspect, json, os, re, sys
 from collections import Counter, defaultdict, namedtuple
@@ -38,8 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 def check_pairs(x, y):
-    """x and y as tensors of float32 or better. Raises ValueError unless both are (N, D), N > 1: row
-    i of x is paired with row i of y, and other shapes may give a number, too, but a wrong one."""
+    """x and y as tensors of float32 or better. Raises ValueError unless both are (N, D), N > 1, row
+    i of x paired with row i of y. Other shapes could silently give a wrong number."""
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
         raise ValueError(f"x and y must both be (N, D), N > 1, not {(*x.shape,)}, {(*y.shape,)}")
@@ -52,7 +44,7 @@ def normalize(z, center=False):
 
 def clip_loss(x, y, temperature):
     """Cross-entropy of picking each item's match from the batch, averaged over both directions, of
-    unit vectors (N, D): a scalar, ln N for a guess. Source: Radford et al., arXiv 2103.00020."""
+    unit vectors (N, D): a scalar, ln N at chance. Source: Radford et al., arXiv 2103.00020."""
     logits = x @ y.T / temperature  # (N, N)
     match = torch.arange(len(x), device=x.device)
     return (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
@@ -68,8 +60,8 @@ def uniformity(x, y, t=2.0):
     return exponents.masked_fill(itself, -math.inf).flatten().logsumexp(0) - math.log(N * (N - 1))
 
 def alignment(x, y):
-    """mean_i |x_i - y_i|^2 of unit vectors (N, D): a scalar from 0 to 4, or 2 - 2 mean cosine of
-    true pairs. Raises as check_pairs. Source: Wang & Isola."""
+    """mean_i |x_i - y_i|^2 of unit vectors (N, D): a scalar from 0 to 4, equal to 2 - 2 * (mean
+    cosine of true pairs). Raises as check_pairs. Source: Wang & Isola."""
     x, y = check_pairs(x, y)
     return (x - y).square().sum(1).mean()
 
@@ -77,19 +69,19 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
     """CLIP + unif * uniformity + align * alignment + xunif * cross-modal uniformity: a scalar to
     minimise, negative if uniformity outweighs the rest. Source: the paper's L_CUAXU.
     x, y: (N, D) raw embeddings, row i of x paired with row i of y; they are normalised here. Give
-    one caption for each image and, of several processes, the rows of all (`gather`, section 9).
-    temperature: T, not 1 / T: a number, or a scalar tensor if it is learned.
-    center: subtract the batch's mean of each modality first. From the finished model's embeddings,
-    subtract the means of training pairs (`fold_means`, section 4).
+    one caption for each image. With several processes, give the rows of all (`gather`, section 9).
+    temperature: T, not 1 / T. It is a number or, if it is learned, a scalar tensor.
+    center: subtract the batch's mean of each modality first. You then have to subtract the means of
+    training pairs from the embeddings of the finished model, too (`fold_means`, section 4).
     Raises ValueError for other shapes, and unless 0 < T <= 1. A tensor T on a GPU is not checked,
-    because reading it would wait, nor is any T while the loss is being compiled."""
+    because that would stall the GPU; nor is any T during compilation."""
     readable = not torch.is_tensor(temperature) or temperature.device.type == "cpu"
     if readable and not torch.compiler.is_compiling():
         T = temperature.item() if torch.is_tensor(temperature) else temperature
         if not 0 < T <= 1:
-            raise ValueError(f"temperature is T, at most 1, not 1 / T: it is {T:g}")
+            raise ValueError(f"temperature must be above 0, at most 1 (T, not 1 / T): it is {T:g}")
     x, y = check_pairs(x, y)
-    with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits err by 0.2 at T = 0.01
+    with torch.autocast(x.device.type, enabled=False):  # in bfloat16, logits err by 0.2 at T = 0.01
         x, y = normalize(x, center), normalize(y, center)
         loss = clip_loss(x, y, temperature)
         if unif:  # terms with weight 0 are skipped
@@ -102,8 +94,8 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
 
 # -- 2. Measuring the gap --------------------------------------------------------------------------
 # A gap is complete if a linear classifier tells images from captions every time, and closed if it
-# can only guess and the two means nearly coincide. Even then, images and captions need not be found
-# in one joint index: mixed search measures that. Embeddings are tensors or arrays, not normalised.
+# can only guess and the two means nearly coincide. Even then an image may not find its caption in a
+# joint index of both; mixed search measures that. Embeddings are tensors or arrays, not normalised.
 def unit_pairs(x, y):
     """x and y (N, D) with rows of length 1. Raises ValueError as check_pairs, for N < 5 or D < 2,
     and for a row that is zero or not finite, as it has no direction."""
@@ -113,26 +105,24 @@ def unit_pairs(x, y):
     largest = torch.stack([x, y]).abs().amax(2, keepdim=True)  # (2, N, 1)
     bad = ((largest == 0) | ~largest.isfinite()).flatten(1).any(0).nonzero()
     if len(bad):
-        raise ValueError(f"row {bad[0].item()} of x or y is zero or not finite, as {len(bad)} of "
-                         f"{len(x)} are: leave these pairs out")
-    return normalize(x / largest[0]), normalize(y / largest[1])  # no square can under- or overflow
+        raise ValueError(f"row {bad[0].item()} of x or y is zero or not finite ({len(bad)} of "
+                         f"{len(x)} are): leave these pairs out")
+    return normalize(x / largest[0]), normalize(y / largest[1])  # tiny squares would underflow
 
-@torch.enable_grad()
 def fit_logistic(z, labels, C):
-    """The w (D,) that minimises |w'|^2 / 2 + C * (sum of log losses), the logistic regression of
-    scikit-learn. z: (N, D), its last column 1 for the bias, which w' lacks. labels: 0 or 1."""
-    w = torch.zeros_like(z[0], requires_grad=True)
+    """The w (D,) that minimises C * (sum of log losses) + |w[:-1]|^2 / 2, as in scikit-learn. z:
+    (N, D); its last column is 1, so that w[-1] is the bias. labels: (N,), 0 or 1."""
+    w = torch.zeros_like(z[0])
     optimizer = torch.optim.LBFGS([w], max_iter=3000, tolerance_grad=1e-7 * C, tolerance_change=0,
                                   history_size=20, line_search_fn="strong_wolfe")
     def objective():
-        optimizer.zero_grad()
+        w.grad = F.pad(w[:-1], (0, 1)) + C * z.T @ (torch.sigmoid(z @ w) - labels)
         log_losses = F.binary_cross_entropy_with_logits(z @ w, labels, reduction="sum")
-        value = w[:-1].square().sum() / 2 + C * log_losses
-        value.backward()
-        return value
+        return w[:-1].square().sum() / 2 + C * log_losses
     optimizer.step(objective)
-    return w.detach()
+    return w
 
+@torch.no_grad()
 def linear_separability(x, y, C=1.0):
     """How often a logistic regression, fitted to four fifths of the pairs, tells x from y (N, D) on
     the others: 0.5 is chance, 1 a complete gap. C = 1, as in the authors' code, misses small gaps,
@@ -153,7 +143,7 @@ def gap_metrics(x, y):
     linear_separability   the function of that name; linear_separability_c100: with C = 100
     centroid_distance     |mean x - mean y|, 0 to 2
     unif, align, xunif    the terms of the loss; unif is the mean of both modalities
-    margin      mean cosine of true pairs minus that of all other pairs, -2 to 2: Tr Cov(x, y)
+    margin      mean cosine of true pairs minus that of all other pairs, equal to Tr Cov(x, y)
     spread      sqrt(Tr Cov(x) Tr Cov(y)): how much embeddings vary about the mean of their
                 modality, from 0 (a single point) to about 1
     agreement   margin / spread, the correlation of x and y, -1 to 1
@@ -185,7 +175,7 @@ def search(x, y, group=None):
                 out x_i and other x with an equal caption, is a y with an equal caption
     t2i_r1, mixed_t2i   the same two with x and y exchanged
     x, y: (N, D). group: (N,) integers, equal for equal captions; None: all captions differ. Takes
-    about 15 N^2 bytes. Raises ValueError as unit_pairs. Source: Li et al., arXiv 2507.19054."""
+    about 10 N^2 bytes. Raises ValueError as unit_pairs. Source: Li et al., arXiv 2507.19054."""
     x, y = unit_pairs(x, y)
     group = torch.arange(len(x)) if group is None else torch.as_tensor(group)
     if group.shape != (len(x),):
@@ -203,7 +193,7 @@ def search(x, y, group=None):
 
 def rotation(x, y):
     """The orthogonal matrix R (D, D) that minimises |x - y R|^2 over paired rows x, y (N, D). y @ R
-    is y turned onto x, mean included, with all cosines within y unchanged. Nothing is normalised or
+    turns y, its mean included, onto x, and changes no cosine within y. Nothing is normalised or
     centred here. Raises as check_pairs. Source: orthogonal Procrustes, Schönemann 1966."""
     x, y = check_pairs(x, y)
     u, _, vt = torch.linalg.svd(y.T @ x)
@@ -212,20 +202,22 @@ def rotation(x, y):
 # -- 3. The smallest gap ---------------------------------------------------------------------------
 # There are no encoders here, only vectors that the loss moves as it likes. Trained freely, they
 # form no gap. Now give each modality an offset, one vector that is added to all of its points, like
-# the bias of an encoder's last layer. The two clouds part within a few steps. No force is needed
-# for that: two random directions in 128 dimensions are almost orthogonal, so the offsets carry the
+# the bias of an encoder's last layer. The two clouds part within a few steps. No force is needed,
+# because two random directions in 128 dimensions are almost orthogonal: the offsets carry the
 # clouds apart even if random numbers replace their gradient (`offset_gradient`).
-#     Whether they come back depends on the temperature. If a true pair's cosine is 10 T above the
-# 63 others of its batch, the loss is ln(1 + 63 exp(-10)) = 0.003. At T = 0.01 that takes 0.1, with
-# a gap or without: the loss is almost zero, and so is its pull. At T = 0.2 it takes 2, so there is
-# always something to gain; and as a gap bounds the margin (see gap_metrics), gaining closes it.
+#     Whether they come back depends on the temperature. In a batch of 64, a true pair whose cosine
+# is 10 T above all others has a loss of ln(1 + 63 exp(-10)) = 0.003. At T = 0.01 that takes 0.1,
+# with a gap or without: the loss is almost zero, and so is its pull. At T = 0.2 it takes 2, more
+# than any margin, so there is always something to gain; and as a gap bounds the margin (see
+# gap_metrics), the loss falls as the gap closes.
 def smallest_gap(offset_lr=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, offset_gradient=None, **weights):
     """Train n pairs of free points, which start in one cone, and an offset for each modality, which
-    starts at 0. Returns, at a few steps, a list of dicts (`step`, gap_metrics, search) and {step:
-    clouds (2, n, dim)}. offset_lr: learning rate of the offsets, as a multiple of the points'.
-    mismatch: share of wrong pairs, others in each step. offset_gradient: a function of the step and
-    the offsets' gradient (2, 1, dim) that returns what to use instead. weights: cgap_loss's."""
+    starts at 0. Returns a list of dicts (`step`, gap_metrics, search) and {step: clouds (2, n,
+    dim)}, both for a few steps. offset_lr: learning rate of the offsets, as a multiple of the
+    points'. mismatch: share of mismatched pairs, drawn anew in each step. offset_gradient: a
+    function of the step and the offsets' gradient (2, 1, dim) that returns what to use instead.
+    weights: cgap_loss's."""
     torch.manual_seed(seed)
     cone = torch.randn(dim) / dim ** 0.5
     points = (cone + 0.3 / dim ** 0.5 * torch.randn(2, n, dim)).requires_grad_()
@@ -250,7 +242,7 @@ def smallest_gap(offset_lr=1.0, temperature=0.01, dim=128, n=512, batch=64, step
 
 def mismatch_captions(n, share, seed=0):
     """Which caption each of n images gets, (n,): its own or, for a random share, another's."""
-    generator = torch.Generator().manual_seed(seed or 2 ** 31)  # 0 draws the first epoch's order
+    generator = torch.Generator().manual_seed(seed or 2 ** 31)  # 0 is used by epoch_order
     count = max(2, round(share * n)) if share else 0  # one caption alone has none to swap with
     chosen = torch.randperm(n, generator=generator)[:count]
     caption = torch.arange(n)
@@ -281,7 +273,7 @@ class TextEncoder(nn.Module):
     def __init__(self, dim, vocab):
         super().__init__()
         self.token = nn.Embedding(vocab, 128)
-        self.position = nn.Parameter(torch.randn(CONTEXT, 128))  # as large as word embeddings
+        self.position = nn.Parameter(torch.randn(CONTEXT, 128))  # values as large as those of words
         self.body = nn.TransformerEncoderLayer(128, 4, 512, 0.0, "gelu", norm_first=True,
                                                batch_first=True)
         self.norm = nn.LayerNorm(128)
@@ -323,7 +315,7 @@ def embed(model, images, texts):
 
 @torch.no_grad()
 def remove_initial_gap(model, images, texts):
-    """Move the captions' cloud onto the images', in place: its mean, its spread, its direction."""
+    """Shift, scale and rotate the captions' cloud onto the images', in place."""
     x, y = encode(model.image, images), encode(model.text, texts)
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
@@ -336,7 +328,7 @@ def remove_initial_gap(model, images, texts):
 def fold_means(model, images, texts):
     """Change the last biases of both encoders, in place, so that the means of these pairs become 0.
     A centred loss can neither push nor pull the means, and they drift apart in training. If a run
-    with --center has no gap between its means, it was removed here, before measuring."""
+    with --center shows no gap between the means, this function has removed it before measuring."""
     for encoder, inputs in ((model.image, images), (model.text, texts)):
         encoder.projection.bias -= encode(encoder, inputs).mean(0)
 
@@ -350,21 +342,21 @@ def require(fact, message):
         raise UserError(message)
 
 def setting(default, text, low=0, high=1e9):
-    """A field of Config: its default, what --help says of it, and the numbers that it may be."""
+    """A field of Config: its default, its text in --help, and its lowest and highest number."""
     return field(default=default, metadata={"help": text, "low": low, "high": high})
 
 @dataclass
 class Config:
     """All settings of a run; each is a flag of the command line. Numbers of other types, such as
-    NumPy's, become those that are declared here. Raises UserError for what a setting cannot be."""
+    NumPy's, become those declared here. Raises UserError for a value that does not fit."""
     unif: float = setting(0.0, "weight of uniformity; the paper's CUA is --unif 1 --align 1")
     align: float = setting(0.0, "weight of alignment")
     xunif: float = setting(0.0, "weight of cross-modal uniformity; CUAXU is CUA with --xunif 1")
     center: bool = setting(False, "hide the means from the loss, and set them to 0 when measuring")
     temperature: float = setting(0.01, "T of CLIP's loss (not 1 / T), or its start", 0.01, 1)
     learn_temperature: bool = setting(False, "learn T, between 0.01 and 1")
-    data: str = setting("synthetic", "synthetic, an MS-COCO folder or a CSV file: image,caption")
-    limit: int = setting(0, "scenes to draw, or images to use at most; 0: 20,000, or all")
+    data: str = setting("synthetic", "synthetic, an MS-COCO folder, or a CSV file: image,caption")
+    limit: int = setting(0, "training images at most; 0: 20,000 scenes, or all photographs")
     mismatch: float = setting(0.0, "share of training images with another one's caption", 0, 1)
     image_size: int = setting(0, "side of the images in pixels; 0: 32 (scenes), 64 (photographs)")
     cache: str = setting("~/.cache/cgap", "folder for decoded photographs")
@@ -377,17 +369,17 @@ class Config:
     weight_decay: float = setting(0.1, "weight decay of matrices")
     seed: int = setting(0, "seed of scenes, weights and batches")
     device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N or mps")
-    eval_every: int = setting(250, "steps between evaluations, with a checkpoint each", 1)
-    out: str = setting("", "new folder for the run; default: runs/<time>-<loss>-seed<seed>")
+    eval_every: int = setting(250, "steps between evaluations, which save checkpoints", 1)
+    out: str = setting("", "new folder; default: runs/<time>-<loss>-seed<seed>")
     def __post_init__(self):
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             try:
                 converted = f.type(os.fspath(value) if f.type is str else value)
                 fits = f.type is str or converted == value and low <= converted <= high
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 fits = False
-            kind = f.type.__name__ + f" from {low:g} to {high:g}" * (f.type in (int, float))
+            kind = {str: "text", bool: "True or False"}.get(f.type, f"{low:g} to {high:g}")
             require(fits, f"--{f.name.replace('_', '-')} must be {kind}, not {value!r}")
             setattr(self, f.name, converted)
     def loss_settings(self):
@@ -411,7 +403,7 @@ class Pairs:
 
 # training, held_out: Pairs. group: (N,) integers, equal for held-out images whose first captions
 # are equal, or None. vocab: {word: token}. tasks: (ZeroShot, Arithmetic). source: a hash of names
-# and captions, by which a resumed run knows its data. Of your own data only Pairs are needed.
+# and captions, by which a resumed run knows its data. Your own data and model need Pairs alone.
 Data = namedtuple("Data", "training held_out group vocab tasks source",
                   defaults=(None, None, None, ""))
 # Zero-shot classification: of all prompts (48, L), the right one, prompts[labels[i]], should be
@@ -481,10 +473,7 @@ def next_batch(pairs, step, cfg, device):
     epoch, k = divmod(step, n // cfg.batch)
     rank, world = rank_and_world()
     share = epoch_order(epoch, n, cfg.seed)[k * cfg.batch:(k + 1) * cfg.batch][rank::world]
-    batch = pairs.take(share, epoch)
-    if device.type == "cuda":  # pinned, they are copied while the GPU works
-        batch = [part.pin_memory() for part in batch]
-    return [part.to(device, non_blocking=True) for part in batch]
+    return [part.to(device) for part in pairs.take(share, epoch)]
 
 def make_optimizer(model, cfg):
     """AdamW, with weight decay for matrices, not for biases, norms and the temperature."""
@@ -499,8 +488,8 @@ def learning_rate(step, cfg):
     return cfg.lr * min((step + 1) / (0.1 * cfg.steps), cosine)
 
 def record(run, step, model, optimizer, data, quiet):
-    """Where a step is due: keep a snapshot for the figures; evaluate, save the run, print a line.
-    If the loss is centred, the model's means are folded first."""
+    """At some steps: keep a snapshot for the figures. At fewer: evaluate, save the run, print a
+    line. If the loss is centred, the model's means are folded before."""
     cfg = run["cfg"]
     evaluating = step % cfg.eval_every == 0 or step == cfg.steps
     drawing = step % math.ceil(cfg.steps / 30) == 0 or step == cfg.steps
@@ -514,37 +503,23 @@ def record(run, step, model, optimizer, data, quiet):
     if evaluating:
         run["history"].append({"step": step, **evaluate(model, data, cfg)})
         save_run(run, model, optimizer)
-        line = ("step {step:6}   loss {train_loss:7.3f}   separability {linear_separability:.3f}   "
-                "R@1 {i2t_r1:.3f}   mixed search {mixed_i2t:.3f}".format(**run["history"][-1]))
         if not quiet:
-            tqdm.write(line)
-
-def train_step(model, forward, optimizer, batch, step, cfg):
-    """One step of training; returns the loss. forward: the model, or what DDP makes of it."""
-    x, y, T = forward(*batch)
-    loss = cgap_loss(gather(x), gather(y), T, **cfg.loss_settings())
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate(step, cfg)
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    model.log_scale.data.clamp_(0, math.log(100))  # 0.01 <= T <= 1; OpenAI's bound is 0.01
-    return loss.detach()
+            line = ("step {step:6}  loss {train_loss:7.3f}  separability {linear_separability:.3f}"
+                    "  R@1 {i2t_r1:.3f}  mixed search {mixed_i2t:.3f}")
+            tqdm.write(line.format(**run["history"][-1]))
 
 def train(cfg, model=None, data=None, quiet=False, run=None):
     """Train two encoders; returns the history, a list of dicts of metrics, one for each evaluation
-    ([] in all but the first of several processes), which is also saved in the folder cfg.out.
+    ([] in all but the first of several processes). It is also in cfg.out, or a new folder in runs/.
     model: your own nn.Module. It has encoders `image` and `text`, each with a last nn.Linear named
     `projection`, and a parameter `log_scale`, log(1 / T), which counts instead of cfg.temperature;
-    model(images, texts) returns raw embeddings x, y and T. Its parts are trained in the mode, train
-    or eval, that they are in. data: your own Data. run: set by `resume`. Raises UserError. Not to
-    be called in two threads at a time, which would share random numbers."""
+    model(images, texts) returns raw embeddings x, y and T. Its parts keep their mode, train or
+    eval. data: your own Data. run: set by `resume`. Raises UserError. Two threads at once would
+    share random numbers."""
     cfg = resolve(cfg, is_new=run is None)
     device = find_device(cfg.device)
-    torch.set_flush_denormal(True)  # most of a softmax is below 1e-38, where CPUs are slow
-    joined = join_processes(device)
-    rank, world = rank_and_world()
+    torch.set_flush_denormal(True)  # many softmax values are below 1e-38, where CPUs are slow
+    joined, (rank, world) = join_processes(device), rank_and_world()
     require(cfg.batch % world == 0, f"--batch {cfg.batch} is no multiple of {world} processes")
     data = prepare(data or load_data(cfg), cfg)
     torch.manual_seed(cfg.seed)
@@ -559,14 +534,18 @@ def train(cfg, model=None, data=None, quiet=False, run=None):
         record(run, 0, model, optimizer, data, quiet)
     forward = model if world == 1 else nn.parallel.DistributedDataParallel(model)
     start = run["history"][-1]["step"] if run["history"] else 0
-    bar = tqdm(range(start, cfg.steps), cfg.name(), disable=quiet or rank > 0)
-    for step in bar:
-        batch = next_batch(data.training, step, cfg, device)
-        loss = train_step(model, forward, optimizer, batch, step, cfg)
-        if step % 10 == 0:  # on a GPU, reading the loss waits for it
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    for step in tqdm(range(start, cfg.steps), cfg.name(), disable=quiet or rank > 0):
+        x, y, T = forward(*next_batch(data.training, step, cfg, device))
+        loss = cgap_loss(gather(x), gather(y), T, **cfg.loss_settings())
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate(step, cfg)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.log_scale.data.nan_to_num_(0).clamp_(0, math.log(100))  # 0.01 (OpenAI's) <= T <= 1
         record(run, step + 1, model, optimizer, data, quiet)
-    if joined:  # not after an error: the others may be waiting, and torchrun ends them
+    if joined:  # not after an error, when the others may be waiting: torchrun ends them
         torch.distributed.destroy_process_group()
     return run["history"] if rank == 0 else []
 
@@ -583,7 +562,8 @@ WORDS = [list(PALETTE), SHAPES, list(PALETTE), SHAPES, RELATIONS]  # what each n
 OBJECTS = torch.cartesian_prod(torch.arange(len(PALETTE)), torch.arange(len(SHAPES)))  # (48, 2)
 # Colour k never has shape k % 6 in training: no red circle, green square, ..., black square.
 UNSEEN = OBJECTS[:, 0] % len(SHAPES) == OBJECTS[:, 1]
-# Centres (x, y) of both objects if alone, side by side, one above the other; how far they move
+# Centres (x, y) of both objects if the first is alone, side by side, one above the other; and the
+# largest shift of each.
 PLACES = torch.tensor([[[.5, .5], [.5, .5]], [[.25, .5], [.75, .5]], [[.5, .25], [.5, .75]]])
 JITTER = torch.tensor([[.2, .2], [.04, .15], [.15, .04]])
 
@@ -634,13 +614,13 @@ def draw_scenes(scenes, size):
     return torch.cat(images)
 
 def scene_tasks(size, vocab, n=200):
-    """Zero-shot: 20 drawings of each object. Arithmetic: n scenes, each edited in each word."""
+    """Zero-shot: 20 drawings of each object. Arithmetic: n scenes, each word of each exchanged."""
     alone = torch.cat([OBJECTS, torch.tensor([[0, 0, -1]]).expand(len(OBJECTS), 3)], 1)  # (48, 5)
     labels = torch.arange(len(alone)).repeat(20)
     zero_shot = ZeroShot(draw_scenes(alone[labels], size), labels, UNSEEN[labels],
                          tokenize(describe(alone), vocab))
     scenes = random_scenes(2 * n, 0.0)
-    scenes = scenes[(scenes[:, :2] != scenes[:, 2:4]).all(1)][:n]  # a word then names one object
+    scenes = scenes[(scenes[:, :2] != scenes[:, 2:4]).all(1)][:n]  # each word names one object only
     edited, old, new = [], [], []
     for k, names in enumerate(WORDS):
         change = torch.randint(1, len(names), (len(scenes),))
@@ -656,7 +636,7 @@ def scene_tasks(size, vocab, n=200):
                                  tokenize(new, vocab), correct)
 
 def scene_data(cfg):
-    """Scenes to train on and 2,000 held out (new drawings, few new captions), and both tasks."""
+    """Scenes to train on, 2,000 at most held out (new drawings, few new captions), both tasks."""
     torch.manual_seed(cfg.seed)
     n, size = cfg.limit or 20_000, cfg.image_size or 32
     scenes = random_scenes(n + min(2_000, n), single=0.1)
@@ -702,8 +682,8 @@ def read_coco(file):
     for note in content["annotations"]:
         if note["image_id"] in paths:  # a part of COCO may have kept the annotations of all
             captions[paths[note["image_id"]]].append(note["caption"])
-    require(any(captions.values()), f"{file}: no image_id of an annotation is the id of an image "
-                                    "(an id that is a number is not equal to one that is text)")
+    require(any(captions.values()), f"{file}: no annotation's image_id is an image's id (5, a "
+                                    'number, and "5", a text, are not equal)')
     return captions
 
 def read_csv(file):
@@ -715,16 +695,20 @@ def read_csv(file):
         header = reader.fieldnames or []
         require(header.count("image") == header.count("caption") == 1,
                 f"{file}: the header must be image,caption, each once, not {header}")
-        for row in reader:
-            require(None not in row and None not in row.values(), f"{file}, line {reader.line_num} "
-                    "has fields unlike the header's: is a comma not in quotes?")
-            if any(row.values()):  # spreadsheets may end in rows of commas
-                captions[file.parent / row["image"]].append(row["caption"])
+        try:
+            for row in reader:
+                require(None not in row and None not in row.values(), f"{file}, line "
+                        f"{reader.line_num}: more or fewer fields than the header; is a comma not "
+                        "in quotes?")
+                if any(row.values()):  # spreadsheets may end in rows of commas
+                    captions[file.parent / row["image"]].append(row["caption"])
+        except csv.Error as error:  # in the row after the last one that was read
+            raise UserError(f"{file}, from line {reader.line_num + 1} on: {error}") from None
     return captions
 
 def read_pictures(cfg, faults):
-    """[pictures to train on, pictures held out], each {path: five captions}, some repeated if there
-    are fewer. faults gets {path: why} of the pictures that cannot be used."""
+    """[images to train on, images held out], each {path: five captions}; fewer than five captions
+    are repeated. faults gets {path: why} of the images that cannot be used."""
     path, read, splits = Path(cfg.data), read_csv, [{}, {}]
     files = [path]
     if path.is_dir():
@@ -735,7 +719,7 @@ def read_pictures(cfg, faults):
     for usable, file in zip(splits, files):
         try:
             pictures = read(file)
-        except (csv.Error, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
         for image, captions in pictures.items():
             texts = [text for text in captions if isinstance(text, str) and re.search(r"\w", text)]
@@ -748,7 +732,7 @@ def read_pictures(cfg, faults):
         paths = list(training)
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
         held_out = {paths[k]: training.pop(paths[k]) for k in order[:len(paths) // 10]}
-    return [dict(list(split.items())[:cfg.limit or None]) for split in (training, held_out)]
+    return [training, held_out]
 
 def load_photo(path, size):
     """The picture, upright, on white, cropped to a square: (3, size, size) uint8. Raises ValueError
@@ -765,8 +749,8 @@ def load_photo(path, size):
     return pil_to_tensor(Image.alpha_composite(white, image).convert("RGB"))
 
 def decode(paths, size):
-    """For the cache: the images (n, 3, size, size) that can be read, {number of its path: why not}
-    of the others, and the numbers of those that are of a single colour."""
+    """For the cache: the images (n, 3, size, size) that can be read; {place in paths: why not} of
+    the others; and the places in paths of images of a single colour."""
     from tqdm.contrib.concurrent import thread_map  # Pillow decodes without the GIL
     images, faults = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8), {}
     def load(k):
@@ -805,35 +789,36 @@ def photo_data(cfg):
     read anew, so that a change of words_of or make_vocab counts."""
     faults = {}
     splits = read_pictures(cfg, faults)
+    n = sum(map(len, splits)) + len(faults)
+    splits = [dict(list(split.items())[:cfg.limit or None]) for split in splits]
     paths = [path for split in splits for path in split]
     stored = load_decoded(paths, cfg) if all(splits) else {"faults": {}, "plain": []}
-    n = len(paths) + len(faults)
     faults |= {paths[k]: why for k, why in stored["faults"].items()}
-    plain = [paths[k] for k in stored["plain"]]
-    named = [f"{path}: {why}" for path, why in faults.items()]
-    warn(named, f"{len(named)} of {n} pictures are left out", named)
-    warn(plain, f"{len(plain)} of {n} pictures are of a single colour", plain)
+    named = [f"{path}: {why}"[:200] for path, why in faults.items()]
     splits = [{path: split[path] for path in split if path not in faults} for split in splits]
-    require(all(splits), f"{cfg.data} has too few pictures that can be used")
+    require(all(splits), f"{cfg.data} has too few images; {len(named)} of {n} cannot be used"
+                         + "".join(f": {fault}" for fault in named[:1]))
+    warn(named, f"{len(named)} of {n} images are left out: " + "; ".join(named[:3]))
+    plain = [str(paths[k]) for k in stored["plain"]]
+    warn(plain, f"{len(plain)} of {n} images are of a single colour: " + "; ".join(plain[:3]))
     training, held_out = ([text for texts in split.values() for text in texts] for split in splits)
     vocab, group = make_vocab(training), number_equal(held_out[::5])
     unread = sum(len(words) > CONTEXT or any(word not in vocab for word in words)
                  for words in map(words_of, held_out)) / len(held_out)
-    warn(unread > 0.05, f"{unread:.0%} of held-out captions have words that training has not, or "
-                        f"more than {CONTEXT}: the model cannot read all of them")
+    warn(unread > 0.05, f"{unread:.0%} of held-out captions have words outside the vocabulary, or "
+                        f"more than {CONTEXT} words: the model does not read those")
     equal = group.bincount().max().item() / len(group)
-    warn(equal > 0.5, f"{equal:.0%} of held-out images have one caption, which any model finds")
-    n = len(splits[0])
+    warn(equal > 0.5, f"{equal:.0%} of held-out images share one caption, which any model finds")
+    m = len(splits[0])
     texts = [tokenize(captions, vocab).unflatten(0, (-1, 5)) for captions in (training, held_out)]
     source = hash_of([(path.name, texts) for split in splits for path, texts in split.items()])
-    return Data(Pairs(stored["images"][:n], texts[0]), Pairs(stored["images"][n:], texts[1]),
+    return Data(Pairs(stored["images"][:m], texts[0]), Pairs(stored["images"][m:], texts[1]),
                 group, vocab, None, source)
 
-def warn(fact, message, examples=()):
+def warn(fact, message):
     """If the fact holds, the first process prints a line about it."""
     if fact and rank_and_world()[0] == 0:
-        names = "".join(f"; {str(text)[:200]}" for text in examples[:3])
-        print(f"warning: {message}{names}", file=sys.stderr)
+        print(f"warning: {message}", file=sys.stderr)
 
 def load_data(cfg):
     """The Data that cfg names. Raises UserError if they cannot be used."""
@@ -850,8 +835,8 @@ def find_device(name):
         torch.ones(1, device=name).cpu()
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"device {name} cannot be used here: {torch.cuda.device_count()} GPUs, and "
-                        "each process needs one of its own; try --device cpu") from None
+        raise UserError(f"device {name} cannot be used: {torch.cuda.device_count()} GPUs here, one "
+                        "needed for each process; try --device cpu") from None
 
 def join_processes(device):
     """Become one of the processes that torchrun has started. Returns False if there is no need."""
@@ -881,7 +866,7 @@ def gather(rows):
         return rows
     parts = [torch.empty_like(rows) for _ in range(world)]
     torch.distributed.all_gather(parts, rows.detach().contiguous())
-    parts[rank] = rows + (world - 1) * (rows - rows.detach())  # the value of rows
+    parts[rank] = rows + (world - 1) * (rows - rows.detach())  # value: rows; gradient: world times
     return torch.cat(parts)
 
 # -- 10. Runs --------------------------------------------------------------------------------------
@@ -893,17 +878,17 @@ def default_out(cfg):
 
 def resolve(cfg, is_new):
     """cfg with a folder, which must be new, and absolute paths, so that one can resume anywhere."""
-    out, cache = cfg.out or default_out(cfg), os.path.expanduser(cfg.cache)
-    is_first = not int(os.environ.get("RANK") or 0)  # of several processes, the one that writes
+    out, data, cache = map(os.path.expanduser, (cfg.out or default_out(cfg), cfg.data, cfg.cache))
+    is_first = not (rank_and_world()[0] or int(os.environ.get("RANK") or 0))  # it alone writes
     require(not (is_new and is_first and os.path.exists(out)),
             f"--out {out} exists: name another, or --resume it")
-    for folder in (out, cache):  # found here, before any long work
+    for folder in (out, cache):  # faults are found here, before any long work
         nearest = Path(folder).absolute()
         while not os.path.exists(nearest):
             nearest = nearest.parent
-        require(nearest.is_dir() and os.access(nearest, os.W_OK) and folder[0] != "~",
+        require(nearest.is_dir() and os.access(nearest, os.W_OK) and not folder.startswith("~"),
                 f"{folder} cannot be made: is {nearest} a folder that you can write to?")
-    data = cfg.data if cfg.data == "synthetic" else os.path.abspath(cfg.data)
+    data = data if data == "synthetic" else os.path.abspath(data)
     return replace(cfg, data=data, cache=os.path.abspath(cache), out=out)
 
 def save_whole(content, path):
@@ -936,12 +921,12 @@ def load_run(folder):
         run = torch.load(path, weights_only=True, map_location="cpu")
         return run | {"cfg": Config(**(run["cfg"] | {"out": str(folder)}))}
     except Exception as error:  # whatever a missing, broken or foreign file may raise
-        raise UserError(f"{path} is no checkpoint of this cgap ({type(error).__name__})") from None
+        raise UserError(f"{path} cannot be read by this cgap: {type(error).__name__}") from None
 
 def restore(run, cfg, data, model, optimizer):
     """Put a loaded run's weights in place. Raises UserError if it was trained on other data."""
     require((run["vocab"], run.get("source")) == (data.vocab, data.source),
-            f"{cfg.out} was trained on other pictures or captions than {cfg.data} has now")
+            f"{cfg.out} was trained on other images or captions than {cfg.data} has now")
     model.load_state_dict(run.pop("model"))
     optimizer.load_state_dict(run.pop("optimizer"))
     run["cfg"] = cfg
@@ -957,7 +942,7 @@ def resume(folder, model=None, data=None, quiet=False, moved=None):
 def load_model(folder):
     """The TwoEncoders of a run, on the CPU, for `encode`, and its vocab, for `tokenize`."""
     run = load_run(folder)
-    require(run["vocab"] and "image.body.0.weight" in run["model"], f"{folder} has other encoders")
+    require(run["vocab"] and "image.body.0.weight" in run["model"], f"{folder}: other encoders")
     model = TwoEncoders(run["cfg"], len(run["vocab"]))
     model.load_state_dict(run["model"])
     return model, run["vocab"]
@@ -991,9 +976,9 @@ def plot_metrics(histories, path):
     figure.savefig(path)
 
 def draw_clouds(axis, clouds, title):
-    """Images and captions (2, n, D) in the plane through 0 and both means, seen so that the line
-    between the means is horizontal, and lines between some pairs. All vectors have length 1: a
-    point near the centre points out of the plane."""
+    """Images and captions (2, n, D) in the plane through 0 and both means, with lines between some
+    pairs. The line between the means is horizontal. All vectors have length 1: a point near the
+    centre points out of the plane."""
     from matplotlib.collections import LineCollection
     from matplotlib.patches import Circle
     x, y = clouds.float().mean(1)
@@ -1015,7 +1000,7 @@ def plot_clouds(rows, path):
     figure, axes = canvas(len(rows), 5, 2.5)
     for row, (name, clouds) in zip(axes, rows.items()):
         last = len(clouds) - 1
-        for axis, k in zip(row, (0, last // 10, last // 4, last // 2, last)):  # more early ones
+        for axis, k in zip(row, (0, last // 10, last // 4, last // 2, last)):  # denser at the start
             step, both = list(clouds.items())[k]
             draw_clouds(axis, both, f"step {step}: separability {linear_separability(*both):.2f}")
         row[0].set_ylabel(name)
@@ -1059,6 +1044,7 @@ MODES = {"points": {"temperature", "dim", "seed", "steps", "mismatch", "out"},
 
 def run_points(out="runs/points", **settings):
     """Run the smallest gap in four ways, print how each ends and draw them."""
+    os.makedirs(out, exist_ok=True)
     torch.set_num_threads(1)  # so little work is not worth sharing
     torch.set_flush_denormal(True)
     shown = ["linear_separability", "centroid_distance", "spread", "overlap", "mixed_i2t"]
@@ -1070,7 +1056,6 @@ def run_points(out="runs/points", **settings):
     for name, changes in ways.items():
         history, rows[name] = smallest_gap(**(settings | changes))
         print(f"{name:26}", *(f"{history[-1][metric]:{len(metric)}.3f}" for metric in shown))
-    os.makedirs(out, exist_ok=True)
     plot_clouds(rows, f"{out}/points.png")
     print(f"{out}/points.png")
 
@@ -1081,8 +1066,8 @@ def train_command(folder, settings):
     try:
         history = resume(folder, moved=settings) if folder else train(Config(**settings))
         if history:  # of several processes, only the first has one
-            print(f"\nmeasured on held-out pairs, except for train_...\n{'start':>34}{'end':>10}")
-            for name, value in history[-1].items():
+            print(f"\nmeasured on held-out pairs, except for train_loss\n{'start':>34}{'end':>10}")
+            for name, value in list(history[-1].items())[1:]:  # all but the step
                 print(f"{name:24}{history[0][name]:10.3f}{value:10.3f}")
             plot_runs([out], out)
     except KeyboardInterrupt:
@@ -1091,8 +1076,9 @@ def train_command(folder, settings):
 
 def run_command(given):
     """Do what the flags say: a dict of those that were given."""
+    require("" not in given.values(), "a flag has an empty value")
     for mode, takes in MODES.items():
-        others = [f"--{name}" for name in given.keys() - takes - {mode}]
+        others = sorted(f"--{name.replace('_', '-')}" for name in given.keys() - takes - {mode})
         require(mode not in given or not others,
                 f"{' '.join(others)} does nothing with --{mode}: leave it out")
     if given.pop("points", False):
@@ -1109,7 +1095,8 @@ def run_command(given):
 
 def main(argv=None):
     """Run the command line."""
-    os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever a notebook has set
+    # No window is opened, and no settings of a notebook or a matplotlibrc file count.
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     parser = argparse.ArgumentParser(
         prog="cgap.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
         allow_abbrev=False, description="The contrastive gap: watch it open, and close it.",
