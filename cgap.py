@@ -882,12 +882,12 @@ def resolve(cfg, is_new):
     is_first = not (rank_and_world()[0] or int(os.environ.get("RANK") or 0))  # it alone writes
     require(not (is_new and is_first and os.path.exists(out)),
             f"--out {out} exists: name another, or --resume it")
-    for folder in (out, cache):  # faults are found here, before any long work
+    for flag, folder in (("--out", out), ("--cache", cache)):  # here, before any long work
         nearest = Path(folder).absolute()
         while not os.path.exists(nearest):
             nearest = nearest.parent
         require(nearest.is_dir() and os.access(nearest, os.W_OK) and not folder.startswith("~"),
-                f"{folder} cannot be made: is {nearest} a folder that you can write to?")
+                f"{flag} {folder} cannot be made: is {nearest} a folder that can be written to?")
     data = data if data == "synthetic" else os.path.abspath(data)
     return replace(cfg, data=data, cache=os.path.abspath(cache), out=out)
 
@@ -1066,7 +1066,7 @@ def train_command(folder, settings):
     try:
         history = resume(folder, moved=settings) if folder else train(Config(**settings))
         if history:  # of several processes, only the first has one
-            print(f"\nmeasured on held-out pairs, except for train_loss\n{'start':>34}{'end':>10}")
+            print(f"\nmeasured on held-out pairs, except train_loss\n{'start':>34}{'end':>10}")
             for name, value in list(history[-1].items())[1:]:  # all but the step
                 print(f"{name:24}{history[0][name]:10.3f}{value:10.3f}")
             plot_runs([out], out)

@@ -39,8 +39,8 @@ def print_variances(x, y):
     directions = torch.linalg.eigvalsh(x.T.cov())
     few = (directions < 0.01 * directions.mean()).sum()
     print(f"directions along which images have less than 0.01 of the average variance: {few}")
-    print(f"least variance of images along any direction: {directions[0] / directions.mean():.5f} of "
-          "the average")
+    least = directions[0] / directions.mean()
+    print(f"least variance of images along any direction: {least:.5f} of the average")
 
 
 def print_leads(x, y, T, batch):

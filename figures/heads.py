@@ -60,8 +60,9 @@ class LinearHead(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.projection = nn.Linear(dim, dim, bias=False)
+        self.projection = nn.Linear(dim, dim)
         nn.init.eye_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
 
     def forward(self, embeddings):
         return self.projection(cgap.normalize(embeddings.float()))

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
-from torch import nn
 
 import cgap
+import heads
 from cgap import normalize
 
 DISTANCES = [k / 20 for k in range(29)]  # 0 to 1.4
@@ -134,29 +134,6 @@ CLOSED_FORMS = {"means subtracted": (subtract_means, (64, *PAIRS)),
 
 
 # ---- repairs that train ----
-class Layer(nn.Module):
-    """A linear layer (N, D) to (N, D) that starts as the identity."""
-    def __init__(self, dim):
-        super().__init__()
-        self.projection = nn.Linear(dim, dim)
-        nn.init.eye_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
-
-    def forward(self, rows):
-        return self.projection(rows)
-
-
-class Layers(nn.Module):
-    """A linear layer for each modality, and a temperature: what cgap.train asks of a model."""
-    def __init__(self, dim, temperature):
-        super().__init__()
-        self.image, self.text = Layer(dim), Layer(dim)
-        self.log_scale = nn.Parameter(-torch.tensor(temperature).log(), requires_grad=False)
-
-    def forward(self, images, texts):
-        return self.image(images), self.text(texts), torch.exp(-self.log_scale)
-
-
 def train_in_temporary_folder(cfg, model, data):
     """Train a model in place."""
     with tempfile.TemporaryDirectory() as folder:
@@ -166,12 +143,13 @@ def train_in_temporary_folder(cfg, model, data):
 
 def linear_layers(fit_x, fit_y, x, y, temperature, cfg):
     """Train a linear layer for each modality on saved embeddings, 400 steps of 256."""
-    model = Layers(x.shape[1], temperature)
     pairs = cgap.Pairs(fit_x.float(), fit_y.float()[:, None])
     held_out = cgap.Pairs(x.float(), y.float()[:, None])
     settings = replace(cfg, limit=0, mismatch=0.0, same_modality=False, remove_gap=False,
-                       center=False, temperature=temperature, steps=400, lr=1e-3,
+                       center=False, unif=0.0, align=0.0, learn_temperature=False,
+                       temperature=temperature, steps=400, lr=1e-3,
                        batch=min(256, len(fit_x)))
+    model = heads.Heads(settings, cgap.Data(pairs, held_out), linear=True)
     train_in_temporary_folder(settings, model, cgap.Data(pairs, held_out))
     with torch.no_grad():
         return model.image(x.float()), model.text(y.float())
