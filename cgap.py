@@ -5,7 +5,7 @@ CLIP trains two encoders so that an image and its caption become nearby points o
 trained model, however, all images lie in one region of the sphere and all captions in another.
 "It's Not a Modality Gap" (Fahim, Murphy, Fyshe, arXiv 2405.18570) finds this gap under the
 contrastive loss even if both encoders see the same images, and closes it with two more terms.
-README.md has the commands. Sections 1 to 6 are the paper, 7 to 12 the machinery.
+README.md has the commands. Sections 1 to 6 are for reading, 7 to 12 are the machinery.
 """
 import argparse, csv, functools, hashlib, inspect, json, os, re, sys
 from collections import Counter, defaultdict, namedtuple
@@ -23,15 +23,15 @@ __version__ = "5.0"
 #   unif    images should be far from other images, and captions from other captions
 #   align   an image should be close to its caption
 #   xunif   an image should be far from the captions of other images
-# The paper's losses are rows of weights: CLIP; CUA = CLIP + unif + align; CUAXU = CUA + xunif.
+# The paper's losses, with weights of 1: CLIP; CUA = CLIP + unif + align; CUAXU = CUA + xunif.
 import math
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 def check_pairs(x, y):
-    """x and y as tensors of float32 or better. Raises ValueError unless both are (N, D), N > 1, row
-    i of x paired with row i of y. Other shapes could silently give a wrong number."""
+    """x and y as tensors of float32 or better. Raises ValueError unless both are (N, D), N > 1:
+    other shapes could silently give a wrong number."""
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
         raise ValueError(f"x and y must both be (N, D), N > 1, not {(*x.shape,)}, {(*y.shape,)}")
@@ -43,8 +43,8 @@ def normalize(z, center=False):
     return F.normalize(z - z.mean(0) if center else z, dim=1)
 
 def clip_loss(x, y, temperature):
-    """Cross-entropy of picking each item's match from the batch, averaged over both directions, of
-    unit vectors (N, D): a scalar, ln N at chance. Source: Radford et al., arXiv 2103.00020."""
+    """For unit vectors (N, D): cross-entropy of picking each item's match from the batch, averaged
+    over both directions. A scalar, ln N at chance. Source: Radford et al., arXiv 2103.00020."""
     logits = x @ y.T / temperature  # (N, N)
     match = torch.arange(len(x), device=x.device)
     return (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
@@ -72,7 +72,7 @@ def cgap_loss(x, y, temperature=0.01, unif=0.0, align=0.0, xunif=0.0, center=Fal
     one caption for each image. With several processes, give the rows of all (`gather`, section 9).
     temperature: T, not 1 / T. It is a number or, if it is learned, a scalar tensor.
     center: subtract the batch's mean of each modality first. You then have to subtract the means of
-    training pairs from the embeddings of the finished model, too (`fold_means`, section 4).
+    raw training embeddings from the finished model's, too (`fold_means`, section 4, does so).
     Raises ValueError for other shapes, and unless 0 < T <= 1. A tensor T on a GPU is not checked,
     because that would stall the GPU; nor is any T during compilation."""
     readable = not torch.is_tensor(temperature) or temperature.device.type == "cpu"
@@ -102,16 +102,17 @@ def unit_pairs(x, y):
     x, y = check_pairs(x, y)
     if len(x) < 5 or x.shape[1] < 2:
         raise ValueError(f"x and y must be (N, D), N >= 5, D > 1, not {tuple(x.shape)}")
-    largest = torch.stack([x, y]).abs().amax(2, keepdim=True)  # (2, N, 1)
-    bad = ((largest == 0) | ~largest.isfinite()).flatten(1).any(0).nonzero()
+    largest = torch.stack([x, y]).abs().amax(2)  # (2, N)
+    bad = ((largest == 0) | ~largest.isfinite()).any(0).nonzero()
     if len(bad):
         raise ValueError(f"row {bad[0].item()} of x or y is zero or not finite ({len(bad)} of "
                          f"{len(x)} are): leave these pairs out")
-    return normalize(x / largest[0]), normalize(y / largest[1])  # tiny squares would underflow
+    x, y = x / largest[0][:, None], y / largest[1][:, None]  # squares of tiny numbers would be 0
+    return normalize(x), normalize(y)
 
 def fit_logistic(z, labels, C):
     """The w (D,) that minimises C * (sum of log losses) + |w[:-1]|^2 / 2, as in scikit-learn. z:
-    (N, D); its last column is 1, so that w[-1] is the bias. labels: (N,), 0 or 1."""
+    (N, D), its last column 1 for the bias w[-1]. labels: (N,), 0 or 1. The gradient is by hand."""
     w = torch.zeros_like(z[0])
     optimizer = torch.optim.LBFGS([w], max_iter=3000, tolerance_grad=1e-7 * C, tolerance_change=0,
                                   history_size=20, line_search_fn="strong_wolfe")
@@ -131,11 +132,11 @@ def linear_separability(x, y, C=1.0):
     N = len(x)
     rows = F.pad(torch.cat([x, y]), (0, 1), value=1.0)  # (2 N, D + 1), a column of 1 for the bias
     is_y = (torch.arange(2 * N) >= N).double()
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).repeat(2)
-    order[N:] += N  # both rows of a pair stand at the same place of their half
-    tested = torch.arange(N).repeat(2) >= int(0.8 * N)
-    w = fit_logistic(rows[order[~tested]], is_y[order[~tested]], C)
-    return ((rows[order[tested]] @ w > 0) == is_y[order[tested]]).double().mean().item()
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    fitted, tested = order[:int(0.8 * N)], order[int(0.8 * N):]  # pairs
+    fitted, tested = torch.cat([fitted, fitted + N]), torch.cat([tested, tested + N])  # rows
+    w = fit_logistic(rows[fitted], is_y[fitted], C)
+    return ((rows[tested] @ w > 0) == is_y[tested]).double().mean().item()
 
 @torch.no_grad()
 def gap_metrics(x, y):
@@ -149,9 +150,9 @@ def gap_metrics(x, y):
     agreement   margin / spread, the correlation of x and y, -1 to 1
     overlap     the cosine of Cov(x) and Cov(y), 0 to 1: do both vary in the same directions?
     A gap bounds the margin: margin <= spread <= 1 - (|mean x|^2 + |mean y|^2) / 2 <= 1 - g^2 / 4,
-    g being the centroid distance (all times N / (N - 1), as these are samples).
+    g being the centroid distance (the last two times N / (N - 1), as these are samples).
     Computed on the CPU in float64, in about 30 N^2 bytes. Raises ValueError as unit_pairs. Source:
-    the paper and its code; the last four are identities of ours."""
+    the paper and its code; the last four are ours."""
     x, y = unit_pairs(torch.as_tensor(x).cpu().double(), torch.as_tensor(y).cpu().double())
     cov_x, cov_y = x.T.cov(), y.T.cov()  # (D, D)
     margin = ((x - x.mean(0)) * (y - y.mean(0))).sum() / (len(x) - 1)
@@ -182,10 +183,10 @@ def search(x, y, group=None):
         raise ValueError(f"group must be ({len(x)},), one for each pair, not {tuple(group.shape)}")
     group = group.to(x.device)
     same = group[:, None] == group  # (N, N)
-    cosines = x @ y.T
+    cosines = x @ y.T  # (N, N)
     hits = {}
-    for way, own, cosines in (("i2t", x, cosines), ("t2i", y, cosines.T)):
-        highest, nearest = cosines.max(1)
+    for way, own, table in (("i2t", x, cosines), ("t2i", y, cosines.T)):
+        highest, nearest = table.max(1)
         rival = (own @ own.T).masked_fill_(same, -math.inf).amax(1)  # in the query's own modality
         hits[f"{way}_r1"] = group[nearest] == group
         hits[f"mixed_{way}"] = hits[f"{way}_r1"] & (highest > rival)
@@ -206,10 +207,10 @@ def rotation(x, y):
 # because two random directions in 128 dimensions are almost orthogonal: the offsets carry the
 # clouds apart even if random numbers replace their gradient (`offset_gradient`).
 #     Whether they come back depends on the temperature. In a batch of 64, a true pair whose cosine
-# is 10 T above all others has a loss of ln(1 + 63 exp(-10)) = 0.003. At T = 0.01 that takes 0.1,
-# with a gap or without: the loss is almost zero, and so is its pull. At T = 0.2 it takes 2, more
-# than any margin, so there is always something to gain; and as a gap bounds the margin (see
-# gap_metrics), the loss falls as the gap closes.
+# is 10 T above all others has a loss of ln(1 + 63 exp(-10)) = 0.003. At T = 0.01 a lead of 0.1 is
+# enough, gap or no gap: the loss and its pull are almost zero. At T = 0.2 only a lead of 2 would
+# be, but leads average 1 at most (the margin), so there is always something to gain. A gap lowers
+# that limit (see gap_metrics), so the loss can fall as the gap closes.
 def smallest_gap(offset_lr=1.0, temperature=0.01, dim=128, n=512, batch=64, steps=600, seed=0,
                  mismatch=0.0, offset_gradient=None, **weights):
     """Train n pairs of free points, which start in one cone, and an offset for each modality, which
@@ -231,7 +232,7 @@ def smallest_gap(offset_lr=1.0, temperature=0.01, dim=128, n=512, batch=64, step
             clouds[step] = torch.stack([normalize(x), normalize(y)]).detach()
             history.append({"step": step, **gap_metrics(*clouds[step]), **search(*clouds[step])})
         i = torch.randperm(n)[:batch]
-        j = mismatch_captions(n, mismatch, seed=(steps + 1) * seed + step)[i]
+        j = mismatch_captions(n, mismatch, seed=(steps + 1) * seed + step)[i]  # anew in each step
         loss = cgap_loss(x[i], y[j], temperature, **weights)
         optimizer.zero_grad()
         loss.backward()
@@ -241,8 +242,8 @@ def smallest_gap(offset_lr=1.0, temperature=0.01, dim=128, n=512, batch=64, step
     return history, clouds
 
 def mismatch_captions(n, share, seed=0):
-    """Which caption each of n images gets, (n,): its own or, for a random share, another's."""
-    generator = torch.Generator().manual_seed(seed or 2 ** 31)  # 0 is used by epoch_order
+    """Which caption each of n images gets, (n,): its own, or another's for `share` of them."""
+    generator = torch.Generator().manual_seed(seed or 2 ** 31)  # 0 would be epoch_order's
     count = max(2, round(share * n)) if share else 0  # one caption alone has none to swap with
     chosen = torch.randperm(n, generator=generator)[:count]
     caption = torch.arange(n)
@@ -299,8 +300,8 @@ class TwoEncoders(nn.Module):
 
 @torch.no_grad()
 def encode(encoder, inputs):
-    """Raw embeddings (N, dim) of uint8 images or tokens, on the encoder's device. It is put in eval
-    mode for this, so that measuring neither updates BatchNorm nor applies dropout."""
+    """Raw embeddings (N, dim) of uint8 images or tokens, on the encoder's device. Meanwhile it is
+    in eval mode, as yours may have BatchNorm or dropout."""
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
     device = encoder.projection.weight.device
@@ -315,7 +316,7 @@ def embed(model, images, texts):
 
 @torch.no_grad()
 def remove_initial_gap(model, images, texts):
-    """Shift, scale and rotate the captions' cloud onto the images', in place."""
+    """Change the text encoder's last layer: shift, scale and rotate its cloud onto the images'."""
     x, y = encode(model.image, images), encode(model.text, texts)
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
@@ -375,12 +376,17 @@ class Config:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             try:
-                converted = f.type(os.fspath(value) if f.type is str else value)
-                fits = f.type is str or converted == value and low <= converted <= high
+                if f.type is str:
+                    converted, fits = os.fspath(value), True
+                else:
+                    converted = f.type(value)  # NumPy's numbers become Python's
+                    fits = converted == value and low <= value <= high
             except (TypeError, ValueError, OverflowError):
                 fits = False
-            kind = {str: "text", bool: "True or False"}.get(f.type, f"{low:g} to {high:g}")
-            require(fits, f"--{f.name.replace('_', '-')} must be {kind}, not {value!r}")
+            kind = {str: "text", bool: "True or False", int: "a whole number", float: "a number"}
+            between = f" from {low:g} to {high:g}" if f.type in (int, float) else ""
+            require(fits, f"--{f.name.replace('_', '-')} must be {kind[f.type]}"
+                          f"{between}, not {value!r}")
             setattr(self, f.name, converted)
     def loss_settings(self):
         """What cgap_loss takes beside embeddings and temperature."""
@@ -394,7 +400,8 @@ class Config:
 
 @dataclass
 class Pairs:
-    """Images with K texts each: captions, or the image again; or what your own encoders take."""
+    """Images with K texts each. A text is a caption or, with same_modality, the image again. Your
+    own encoders may take other tensors."""
     images: torch.Tensor  # (N, 3, S, S) uint8
     texts: torch.Tensor  # (N, K, L) int32 tokens, padded with 0, or (N, 1, 3, S, S) uint8
     def take(self, i, epoch=0):
@@ -402,8 +409,8 @@ class Pairs:
         return self.images[i], self.texts[i, epoch % self.texts.shape[1]]
 
 # training, held_out: Pairs. group: (N,) integers, equal for held-out images whose first captions
-# are equal, or None. vocab: {word: token}. tasks: (ZeroShot, Arithmetic). source: a hash of names
-# and captions, by which a resumed run knows its data. Your own data and model need Pairs alone.
+# are equal, or None. vocab: {word: token}. tasks: (ZeroShot, Arithmetic). source: a hash of file
+# names and captions, by which a resumed run knows its data. Your own model needs only two Pairs.
 Data = namedtuple("Data", "training held_out group vocab tasks source",
                   defaults=(None, None, None, ""))
 # Zero-shot classification: of all prompts (48, L), the right one, prompts[labels[i]], should be
@@ -446,8 +453,8 @@ def evaluate(model, data, cfg):
     return metrics | do_tasks(model, *data.tasks) if data.tasks else metrics
 
 def do_tasks(model, zero_shot, arithmetic):
-    """Accuracies of both tasks, as a dict of floats from 0 to 1; those of arithmetic for words that
-    are attributes of an object, and for relations, which the last fifth of the questions are."""
+    """Accuracies of both tasks, as a dict of floats from 0 to 1. Arithmetic has one for words that
+    are attributes of an object, and one for words that are relations."""
     images, prompts = embed(model, zero_shot.images, zero_shot.prompts)
     named = ((images @ prompts.T).argmax(1).cpu() == zero_shot.labels).float()
     pool, new = embed(model, arithmetic.pool, arithmetic.new)
@@ -456,7 +463,7 @@ def do_tasks(model, zero_shot, arithmetic):
     scores = (pool[query] + new - old) @ pool.T  # (Q, m)
     scores.scatter_(1, query[:, None], -math.inf)  # the question's own image is no answer
     answer = scores.argmax(1, keepdim=True).cpu()
-    found = arithmetic.correct.gather(1, answer).float().view(len(WORDS), -1)  # a row for each word
+    found = arithmetic.correct.gather(1, answer).float().view(5, -1)  # the last fifth: relations
     right = {"zero_shot": named, "zero_shot_unseen": named[zero_shot.unseen],
              "arithmetic_attribute": found[:4], "arithmetic_relation": found[4]}
     return {name: values.mean().item() for name, values in right.items()}
@@ -489,7 +496,7 @@ def learning_rate(step, cfg):
 
 def record(run, step, model, optimizer, data, quiet):
     """At some steps: keep a snapshot for the figures. At fewer: evaluate, save the run, print a
-    line. If the loss is centred, the model's means are folded before."""
+    line. If the loss is centred, fold_means comes first (with fewer pairs for a snapshot)."""
     cfg = run["cfg"]
     evaluating = step % cfg.eval_every == 0 or step == cfg.steps
     drawing = step % math.ceil(cfg.steps / 30) == 0 or step == cfg.steps
@@ -511,18 +518,18 @@ def record(run, step, model, optimizer, data, quiet):
 def train(cfg, model=None, data=None, quiet=False, run=None):
     """Train two encoders; returns the history, a list of dicts of metrics, one for each evaluation
     ([] in all but the first of several processes). It is also in cfg.out, or a new folder in runs/.
-    model: your own nn.Module. It has encoders `image` and `text`, each with a last nn.Linear named
-    `projection`, and a parameter `log_scale`, log(1 / T), which counts instead of cfg.temperature;
-    model(images, texts) returns raw embeddings x, y and T. Its parts keep their mode, train or
-    eval. data: your own Data. run: set by `resume`. Raises UserError. Two threads at once would
-    share random numbers."""
+    model: your own nn.Module. It has encoders `image` and `text`, each ending in an nn.Linear
+    `projection` with a bias, and a parameter `log_scale`: log(1 / T), kept between 0 and log 100,
+    instead of cfg.temperature. model(images, texts) returns raw embeddings x, y and T. Its parts
+    keep their mode, train or eval. data: your own Data. run: set by `resume`. Raises UserError."""
     cfg = resolve(cfg, is_new=run is None)
     device = find_device(cfg.device)
     torch.set_flush_denormal(True)  # many softmax values are below 1e-38, where CPUs are slow
-    joined, (rank, world) = join_processes(device), rank_and_world()
+    joined = join_processes(device)
+    rank, world = rank_and_world()
     require(cfg.batch % world == 0, f"--batch {cfg.batch} is no multiple of {world} processes")
     data = prepare(data or load_data(cfg), cfg)
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # global: two trainings in two threads would disturb each other
     model = (model or TwoEncoders(cfg, len(data.vocab or ()))).to(device)
     optimizer = make_optimizer(model, cfg)
     if run:
@@ -543,9 +550,9 @@ def train(cfg, model=None, data=None, quiet=False, run=None):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        model.log_scale.data.nan_to_num_(0).clamp_(0, math.log(100))  # 0.01 (OpenAI's) <= T <= 1
+        model.log_scale.data.nan_to_num_(0).clamp_(0, math.log(100))  # 0.01 <= T <= 1; if NaN, 1
         record(run, step + 1, model, optimizer, data, quiet)
-    if joined:  # not after an error, when the others may be waiting: torchrun ends them
+    if joined:  # after an error, torchrun ends the waiting processes
         torch.distributed.destroy_process_group()
     return run["history"] if rank == 0 else []
 
@@ -1095,7 +1102,7 @@ def run_command(given):
 
 def main(argv=None):
     """Run the command line."""
-    # No window is opened, and no settings of a notebook or a matplotlibrc file count.
+    # No window is opened, whatever a notebook or the user's matplotlibrc asks for.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     parser = argparse.ArgumentParser(
         prog="cgap.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
