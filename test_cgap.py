@@ -301,7 +301,7 @@ def test_loss_is_the_same_compiled():
     torch._dynamo.reset()
     args = *(z.float() for z in make_clouds(40, 8, 1)), 0.05, *WEIGHTS["CUAXU"]
     # Traced as one graph, but not built in C++, which takes long
-    compiled = torch.compile(cgap_loss, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(cgap_loss, backend="eager", fullgraph=True)
     assert_close(with_gradients(compiled, *args), with_gradients(cgap_loss, *args), 1e-5)
 
 # All that takes embeddings of pairs. Those of MEASURES look at every row.
@@ -990,13 +990,6 @@ def test_torchrun_on_two_processes_gives_the_curve_of_one(finished):
     assert two == pytest.approx(one, abs=1e-3)
     assert printed.count("held-out pairs") == 1  # only the first process prints
     assert not re.search("deprecat|FutureWarning|destroy_process_group", error), error
-
-def test_gap_closes():
-    """The paper in ten seconds: with CLIP a gap stays, with uniformity and alignment it goes."""
-    clip, cua = (cgap.train(Config(steps=80, limit=300, image_size=8, device="cpu", unif=weight,
-                                   align=weight), quiet=True)[-1] for weight in (0, 1))
-    assert clip["centroid_distance"] > 0.5 and cua["centroid_distance"] < 0.25
-    assert cua["mixed_i2t"] >= clip["mixed_i2t"] and cua["spread"] > clip["spread"]
 
 def test_runs_start_with_or_without_a_gap_and_are_plotted_together(capsys):
     gaps = {}
