@@ -967,7 +967,9 @@ PANELS = {"linear_separability": ("separability (0.5: no gap)", (0.4, 1.02)),
 
 def canvas(rows, columns, size=3.8):
     """A matplotlib figure and its panels, an array (rows, columns). No window is opened."""
+    import matplotlib
     from matplotlib.figure import Figure
+    matplotlib.rcParams["text.usetex"] = False  # it needs a LaTeX, which may be missing
     figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -1102,8 +1104,7 @@ def run_command(given):
 
 def main(argv=None):
     """Run the command line."""
-    # No window is opened, whatever a notebook or the user's matplotlibrc asks for.
-    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+    os.environ["MPLBACKEND"] = "agg"  # no window is opened, whatever a notebook has set
     parser = argparse.ArgumentParser(
         prog="cgap.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
         allow_abbrev=False, description="The contrastive gap: watch it open, and close it.",

@@ -1013,6 +1013,12 @@ def test_plot_labels_runs_by_their_last_temperature(monkeypatch):
     assert f"T = {T:.2g}, seed 4" in labels[1] and labels[0].endswith("seed 3") and T > 0.4
     assert len({*labels}) == 3
 
+def test_pictures_need_no_latex(tmp_path):
+    import matplotlib
+    with matplotlib.rc_context({"text.usetex": True}):
+        cgap.plot_metrics({"a run": [dict.fromkeys(RECORD, 1.0)]}, "gap.png")
+    assert Path("gap.png").exists()
+
 def test_pictures_show_the_gap_in_full():
     both = torch.stack(make_directions(40, 8, 3))
     axis = cgap.canvas(1, 1)[1][0, 0]
