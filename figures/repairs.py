@@ -1,6 +1,6 @@
 """What can be done for a model that is already trained, and how its loss sees a gap.
 
-    python figures/repairs.py runs/RUN          # print the repairs of a run
+    python figures/repairs.py runs/RUN ...      # print the repairs of runs, and draw the rotation
 
 `repair_all` measures repairs of a model: subtracting means, rotating captions onto images, linear
 layers on its embeddings, and fine-tuning at a higher temperature. Every repair is fitted to
@@ -19,6 +19,7 @@ import torch
 
 import cgap
 import heads
+import pictures
 from cgap import normalize
 
 DISTANCES = [k / 20 for k in range(29)]  # 0 to 1.4
@@ -218,19 +219,43 @@ def repair_all(model, data, cfg, temperature=None, layers=(500, 2000), shares=(0
     return records
 
 
-def main(folder):
-    model, _ = cgap.load_model(folder)
-    cfg = cgap.load_run(folder)["cfg"]
+def draw_turned(runs, path):
+    """For each of {name: (model, data, cfg)} the held-out clouds as trained, and with the captions
+    rotated by a fit to 1,000 training pairs, both seen in the plane of the two directions in which
+    images and captions vary together most."""
+    figure, axes = cgap.canvas(len(runs), 2, 4)
+    for (before, after), (name, (model, data, cfg)) in zip(axes, runs.items()):
+        fit_x, fit_y, x, y = embed_pairs(model, cgap.prepare(data, cfg))
+        x, y = x[:256], y[:256]
+        plane = pictures.leading_directions(torch.stack([x, y]))
+        _, turned = rotate(fit_x[:1000], fit_y[:1000], x, y)
+        for axis, captions, title in ((before, y, "as trained"), (after, turned, "rotated")):
+            pictures.draw_in_plane(axis, torch.stack([x, captions]), *plane)
+            axis.set_title(title)
+        before.set_ylabel(name)
+    figure.savefig(path, dpi=80)
+
+
+def main(folders):
     shown = ("linear_separability", "agreement", "overlap", "i2t_r1", "mixed_i2t", "mixed_t2i")
-    print(f"{'':52}", *shown)
-    for name, record in repair_all(model, cgap.load_data(cfg), cfg).items():
-        print(f"{name:52}", *(f"{record[metric]:{len(metric)}.3f}" for metric in shown))
+    runs = {}
+    for folder in folders:
+        model, _ = cgap.load_model(folder)
+        cfg = cgap.load_run(folder)["cfg"]
+        data = cgap.load_data(cfg)
+        name = f"{cfg.name()}, T = {cfg.temperature:g}, {cfg.mismatch:.0%} mismatched"
+        runs[f"{name} ({folder})" if name in runs else name] = model, data, cfg
+    draw_turned(runs, Path(folders[0], "turned.png"))
+    for name, run in runs.items():
+        print(f"{name:52}", *shown)
+        for repair, record in repair_all(*run).items():
+            print(f"{repair:52}", *(f"{record[metric]:{len(metric)}.3f}" for metric in shown))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
     try:
-        main(sys.argv[1])
+        main(sys.argv[1:])
     except cgap.UserError as error:
         sys.exit(str(error))
