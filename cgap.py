@@ -699,10 +699,10 @@ def read_csv(file):
     csv.field_size_limit(2 ** 30)
     with open(file, newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines, strict=True)  # a quote that is never closed is an error
-        header = reader.fieldnames or []
-        require(header.count("image") == header.count("caption") == 1,
-                f"{file}: the header must be image,caption, each once, not {header}")
         try:
+            header = reader.fieldnames or []
+            require(header.count("image") == header.count("caption") == 1,
+                    f"{file}: the header must be image,caption, each once, not {header}")
             for row in reader:
                 require(None not in row and None not in row.values(), f"{file}, line "
                         f"{reader.line_num}: more or fewer fields than the header; is a comma not "

@@ -839,6 +839,7 @@ def test_csv_may_be_written_in_many_ways(text, start):
 
 @cases("content, named", {
     "open quote": (b'image,caption\na.png,b\nb.png,"open\nc.png,d\n', ["line 3"]),
+    "open quote in the header": (b'image,"caption\na.png,b\n', ["line 1"]),
     "other header": (b"file,text\na.png,b\n", ["image,caption", "file", "text"]),
     "two captions": (b"image,caption,caption\na.png,b,c\n", ["image,caption", "once"]),
     "semicolons": (b"image;caption\na.png;b\n", ["image,caption", "image;caption"]),
